@@ -1,0 +1,72 @@
+# `make` prints the targets. Everything runs from a virtual environment in .venv, made on first use.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# More arguments for pip, such as the address of an index with another build of torch.
+PIP_ARGS ?=
+# Arguments for pytest, such as `make test ARGS="-k prompts -x"`.
+ARGS ?=
+
+# The content of these files, not their age, decides whether setup has work to do: a checkout changes ages only.
+STAMP := $(VENV)/.ptv2-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+# No tool below reports its use to its makers.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-all check format bench up clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with the locked versions; does nothing when it is up to date
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[pipelines,serving,demo,dev]'
+	@rm -f $(VENV)/.ptv2-*
+	@touch $@
+
+# The data is generated and the backbone is a package: nothing has to be downloaded, so nothing may be.
+demo: export HF_HUB_OFFLINE := 1
+demo: setup ## Run the chain on the demo tasks, pull a prompt from the registry and ask it
+	$(BIN)/ptv2 run
+	$(BIN)/ptv2 pull intents@champion --to .ptv2/pulled/intents
+	$(BIN)/ptv2 predict .ptv2/pulled/intents "no refund please, just put me on a later plane"
+
+test: setup ## Run all tests but the long ones (over two minutes)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-all: setup ## Run all tests, the long ones too
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+check: setup ## Lint, check the format, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code and fix what the linter can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Print how fast this machine is against the named peers
+	$(BIN)/python -m benchmarks $(ARGS)
+
+up: ## Start PostgreSQL, MLflow, Prefect and a worker in containers (needs .env, see .env.example)
+	docker compose up --detach --wait
+
+# The caches of DVC go too: from them it would restore a registration in a registry that is gone.
+clean: ## Remove all that runs wrote here: data, results, prompts, the local registry, DVC's cache
+	rm -rf data/raw data/prepared results prompts .ptv2 mlflow.db mlflow.db-* mlartifacts mlruns .dvc/cache .dvc/tmp
+	rm -rf .mypy_cache .pytest_cache .ruff_cache

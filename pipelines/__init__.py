@@ -1,0 +1,1 @@
+"""Orchestration: settings, sources, stages, and adapters to DVC, Prefect, Optuna and MLflow."""

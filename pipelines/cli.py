@@ -1,0 +1,284 @@
+"""`ptv2`: the command line. Every command imports what it needs when it runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ptv2_core.errors import DataError, PTv2Error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.paths import TaskPaths
+    from pipelines.settings import TaskSettings
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tiny prompts for a frozen transformer: prepare data, search, train, register, pull.",
+)
+
+Task = Annotated[str, typer.Option("--task", "-t", help="A task of params.yaml.")]
+Workspace = Annotated[
+    Path, typer.Option("--workspace", "-C", help="The folder of params.yaml.", show_default="here")
+]
+STAGES = "Stages, as dvc.yaml runs them"
+EVERYDAY = "Everyday"
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except PTv2Error as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from what is finished", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def run(
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Only this task; may be repeated.")
+    ] = None,
+    workspace: Workspace = Path(),
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Stages side by side; default: run.concurrency.")
+    ] = None,
+) -> None:
+    """Run every stage that is out of date, independent ones side by side, under Prefect."""
+    from pipelines import launch, report
+    from pipelines.console import results_table
+    from pipelines.settings import load_settings
+
+    console = _console()
+    settings = load_settings(workspace / "params.yaml")
+    chosen = [settings.task(name).name for name in task] if task else list(settings.tasks)
+    failed = launch.run(settings, chosen, concurrency or settings.run.concurrency, console)
+    console.print(results_table(report.read_rows(settings.root, chosen)))
+    console.print(launch.where_to_look(settings), markup=False, highlight=False)
+    if failed:
+        raise failed
+
+
+@app.command(rich_help_panel=STAGES)
+def fetch(task: Task, workspace: Workspace = Path()) -> None:
+    """Bring a task's records into the workspace."""
+    settings, paths = _task(workspace, task)
+    from pipelines.stages import fetch as stage
+
+    done = stage.run(settings, paths)
+    rows = ", ".join(f"{count} {split}" for split, count in done.rows.items())
+    _say(f"fetched {task}: {rows} records")
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare(task: Task, workspace: Workspace = Path()) -> None:
+    """Check, split and encode a task's records."""
+    settings, paths = _task(workspace, task)
+    from pipelines.stages import prepare as stage
+
+    done = stage.run(settings, paths)
+    rows = ", ".join(f"{report.rows} {split}" for split, report in done.splits.items())
+    _say(f"prepared {task}: {rows} rows, {done.labels} labels")
+    cut = sum(report.truncated for report in done.splits.values())
+    if cut:
+        _say(f"  {cut} rows were cut to {settings.prepare.max_length} tokens (prepare.max_length)")
+    if done.repaired_tags:
+        _say(f"  {done.repaired_tags} I- tags began a span and were taken as B-, as conlleval does")
+
+
+@app.command(rich_help_panel=STAGES)
+def search(task: Task, workspace: Workspace = Path()) -> None:
+    """Search for the settings that score best on dev."""
+    settings, paths = _task(workspace, task)
+    from pipelines.console import progress
+    from pipelines.stages import search as stage
+
+    with progress(f"search {task}", _console()) as on_progress:
+        done = stage.run(settings, paths, on_progress)
+    if done.value is None:
+        _say(f"searched {task}: search.n_trials is 0, the settings of train are taken")
+        return
+    counts = ", ".join(f"{count} {state}" for state, count in done.n_trials.items() if count)
+    _say(f"searched {task}: dev {done.metric} {done.value:.4f} by trial {done.trial} ({counts})")
+
+
+@app.command(rich_help_panel=STAGES)
+def train(task: Task, workspace: Workspace = Path()) -> None:
+    """Train the prompt with the best settings and save it."""
+    settings, paths = _task(workspace, task)
+    from pipelines.console import progress
+    from pipelines.stages import train as stage
+
+    with progress(f"train {task}", _console()) as on_progress:
+        done = stage.run(settings, paths, on_progress)
+    _say(
+        f"trained {task}: dev {done.metric} {done.dev:.4f} in epoch {done.best_epoch} of "
+        f"{done.epochs}, {done.trainable_parameters:,} parameters, {done.seconds:.0f} s"
+    )
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(task: Task, workspace: Workspace = Path()) -> None:
+    """Score the prompt on the held-out test split."""
+    settings, paths = _task(workspace, task)
+    from pipelines.console import progress
+    from pipelines.stages import evaluate as stage
+
+    with progress(f"evaluate {task}", _console()) as on_progress:
+        done = stage.run(settings, paths, on_progress)
+    probe = "" if done.probe is None else f", bare-backbone probe {done.probe:.4f}"
+    _say(f"evaluated {task}: test {done.metric} {done.test:.4f}{probe}")
+
+
+@app.command(rich_help_panel=STAGES)
+def register(task: Task, workspace: Workspace = Path()) -> None:
+    """Register the prompt as a model version, once."""
+    settings, paths = _task(workspace, task)
+    from pipelines.stages import register as stage
+
+    done = stage.run(settings, paths)
+    state = "is" if done.created else "was already"
+    _say(f"registered {task}: {state} version {done.version} ({', '.join(done.aliases)})")
+    _say(f"  {done.gate.reason}")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def check(workspace: Workspace = Path()) -> None:
+    """Check params.yaml and say which tasks it has."""
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    _say(f"{settings.path} is sound; tasks: {', '.join(settings.tasks)}")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def report(workspace: Workspace = Path()) -> None:
+    """Print the table of results."""
+    from pipelines import report as results
+    from pipelines.console import results_table
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    _console().print(results_table(results.read_rows(settings.root, list(settings.tasks))))
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def pull(
+    reference: Annotated[str, typer.Argument(help="TASK, TASK@ALIAS or TASK:VERSION.")],
+    to: Annotated[Path, typer.Option(help="The folder to put the prompt in.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="The registry; default: that of params.yaml.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Download a registered prompt and verify it on its backbone."""
+    from pipelines.settings import read_environment
+    from ptv2_serving import store
+
+    uri = tracking_uri or read_environment().mlflow_tracking_uri or _registry_of(workspace)
+    pulled = store.pull(reference, to, tracking_uri=uri, root=workspace, backbone_name=backbone)
+    _say(
+        f"pulled {pulled.manifest.task.name} version {pulled.version} to {pulled.path}: "
+        f"{pulled.manifest.size_bytes:,} bytes, sha256 and golden inputs verified"
+    )
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def predict(
+    prompt: Annotated[Path, typer.Argument(help="A folder with a prompt.")],
+    texts: Annotated[
+        list[str], typer.Argument(help="Texts, or - for JSON lines on standard input.")
+    ],
+    pair: Annotated[
+        list[str] | None, typer.Option(help="The second text of each, for tasks on pairs.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Answer texts with a prompt: labels with probabilities, or tagged spans."""
+    from ptv2_core.evaluation.predict import Predictor
+
+    inputs = _read_inputs(texts, pair)
+    predictor = Predictor.load(prompt, backbone_name=backbone)
+    answers = predictor.predict(inputs)
+    if as_json or texts == ["-"]:
+        for answer in answers:
+            typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    from pipelines.console import answers_table
+
+    _console().print(answers_table(inputs, answers))
+
+
+def _read_inputs(texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
+    if texts == ["-"]:
+        return _read_json_lines()
+    if pairs is None:
+        return [{"text": text} for text in texts]
+    if len(pairs) != len(texts):
+        raise DataError(f"expected a --pair for each of {len(texts)} texts, got {len(pairs)}")
+    return [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
+
+
+def _read_json_lines() -> list[dict[str, Any]]:
+    """Read standard input; every broken line is named before anything is answered."""
+    inputs: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for number, line in enumerate(sys.stdin.buffer.read().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            problems.append(f"standard input, line {number}: not JSON in UTF-8 ({error})")
+            continue
+        if isinstance(value, dict):
+            inputs.append(value)
+        else:
+            problems.append(f"standard input, line {number}: expected an object, got {value!r:.60}")
+    if problems:
+        raise DataError.collected(problems)
+    if not inputs:
+        raise DataError("standard input is empty; expected JSON lines with a text each")
+    return inputs
+
+
+def _task(workspace: Path, name: str) -> "tuple[TaskSettings, TaskPaths]":
+    from pipelines.paths import TaskPaths
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    return settings.task(name), TaskPaths(root=settings.root, task=name)
+
+
+def _registry_of(workspace: Path) -> str:
+    from pipelines.settings import load_settings
+
+    return load_settings(workspace / "params.yaml").register.tracking_uri
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # a file or a pipe has no width of its own; the table of results needs some 130 columns
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)

@@ -1,0 +1,62 @@
+"""Where a task's files are in a workspace; dvc.yaml names the same places."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPaths:
+    """The files of one task.
+
+    Attributes:
+        root: The workspace: the folder of params.yaml.
+        task: The task's name.
+    """
+
+    root: Path
+    task: str
+
+    @property
+    def raw(self) -> Path:
+        """Output of fetch: records as the source has them."""
+        return self.root / "data" / "raw" / self.task
+
+    @property
+    def prepared(self) -> Path:
+        """Output of prepare: checked, split and encoded."""
+        return self.root / "data" / "prepared" / self.task
+
+    @property
+    def prompt(self) -> Path:
+        """Output of train: the artifact."""
+        return self.root / "prompts" / self.task
+
+    @property
+    def results(self) -> Path:
+        """Everything that is read by people."""
+        return self.root / "results" / self.task
+
+    @property
+    def search(self) -> Path:
+        """Output of search."""
+        return self.results / "search"
+
+    @property
+    def train(self) -> Path:
+        """Output of train: history and metrics."""
+        return self.results / "train"
+
+    @property
+    def evaluate(self) -> Path:
+        """Output of evaluate."""
+        return self.results / "evaluate"
+
+    @property
+    def registered(self) -> Path:
+        """Output of register."""
+        return self.results / "registered.json"
+
+    @property
+    def study(self) -> Path:
+        """The search's database, kept between runs."""
+        return self.root / ".ptv2" / "studies" / f"{self.task}.db"

@@ -1,0 +1,274 @@
+"""The shape of params.yaml: one frozen model a section, each key with its unit and range.
+
+The description of a field completes the sentence "expected ..., got ...". `conflicts` holds the
+checks that need two keys at once. The `train` section is not here: its shape is
+`ptv2_core.config.TrainConfig`.
+"""
+
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ptv2_core.config import Device, Precision, Reparameterization
+
+NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,62}$"
+COMMIT_PATTERN = r"^[0-9a-f]{40}$"
+SPLITS = ("train", "dev", "test")
+
+Conflicts = list[tuple[str, str]]
+SourceKind = Literal["demo", "local", "hub"]
+FileFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll"]
+TaskKind = Literal["classification", "tagging"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _label_texts(value: Any) -> Any:
+    """Turn the labels `[0, 1]` and `[true, false]` into the texts that their JSON has."""
+    if not isinstance(value, list):
+        return value
+    return tuple(str(label).lower() if isinstance(label, bool | int) else label for label in value)
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Whole = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+SEED_WORDS = "a whole number from 0 to 4294967295"
+FIELD_WORDS = "the name of a field of the records, dots for nested ones"
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys are refused, and no text passes for a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Conflicts:
+        """Return what is wrong between keys that are each right, as `(dotted path, message)`."""
+        return []
+
+
+class BackboneSettings(Section):
+    """The frozen encoder that every task shares."""
+
+    name: Text = Field(description="a packaged model, a local folder or a hub name")
+    revision: Annotated[str, Field(pattern=COMMIT_PATTERN)] | None = Field(
+        description="null or a commit of 40 hexadecimal digits"
+    )
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = Field(
+        description='null or "sha256:" and 64 hexadecimal digits'
+    )
+    precision: Precision = Field(default="auto", description="auto, fp32 or bf16")
+    device: Device = Field(default="auto", description="auto, cpu, cuda or mps")
+
+
+class PrepareSettings(Section):
+    """How records become encoded splits; shared by all tasks."""
+
+    max_length: int = Field(
+        default=128, ge=4, le=65536, description="a whole number of tokens, 4 to 65536"
+    )
+    dev_fraction: Fraction = Field(
+        default=0.1, description="a share of the rows, from 0 to below 1"
+    )
+    test_fraction: Fraction = Field(
+        default=0.1, description="a share of the rows, from 0 to below 1"
+    )
+    seed: Seed = Field(default=42, description=SEED_WORDS)
+    max_rows: Whole | None = Field(default=None, description="null or a whole number of rows >= 1")
+
+    def conflicts(self) -> Conflicts:
+        """Refuse fractions that leave nothing to train on."""
+        if self.dev_fraction + self.test_fraction < 1.0:
+            return []
+        total = f"{self.dev_fraction} + {self.test_fraction}"
+        return [
+            ("dev_fraction", f"expected dev_fraction + test_fraction below 1, got {total}"),
+        ]
+
+
+class TaskPrepareSettings(PrepareSettings):
+    """The prepare section of one task: the shared keys, and what its records mean."""
+
+    kind: TaskKind = Field(description="classification or tagging")
+    text: Text | None = Field(default=None, description=FIELD_WORDS)
+    text_pair: Text | None = Field(default=None, description=FIELD_WORDS)
+    label: Text | None = Field(default=None, description=FIELD_WORDS)
+    tokens: Text | None = Field(default=None, description=FIELD_WORDS)
+    tags: Text | None = Field(default=None, description=FIELD_WORDS)
+    labels: Annotated[tuple[Text, ...], BeforeValidator(_label_texts)] | None = Field(
+        default=None, description="null or a list of the labels, at least two, in their order"
+    )
+
+    def conflicts(self) -> Conflicts:
+        """Check that the fields named are those of the kind of task."""
+        needed = {"classification": ("text", "label"), "tagging": ("tokens", "tags")}
+        foreign = {"classification": ("tokens", "tags"), "tagging": ("text", "text_pair", "label")}
+        found = super().conflicts()
+        for key in needed[self.kind]:
+            if getattr(self, key) is None:
+                found.append((key, f"is required for kind: {self.kind}; expected {FIELD_WORDS}"))
+        for key in foreign[self.kind]:
+            if getattr(self, key) is not None:
+                uses = " and ".join(needed[self.kind])
+                found.append((key, f"does not go with kind: {self.kind}, which reads {uses}"))
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            found.append(
+                ("labels", f"expected two labels or more, all different, got {list(self.labels)}")
+            )
+        return found
+
+
+class SplitFiles(Section):
+    """The file of each split, relative to the path of the source."""
+
+    train: Text = Field(description="a file name")
+    dev: Text | None = Field(default=None, description="null or a file name")
+    test: Text | None = Field(default=None, description="null or a file name")
+
+
+class FetchSettings(Section):
+    """Where the records of one task come from."""
+
+    source: SourceKind = Field(description="demo, local or hub")
+    path: Text = Field(description="a file or folder, relative to the folder of params.yaml")
+    format: FileFormat = Field(
+        default="auto", description="auto, jsonl, csv, tsv, parquet or conll"
+    )
+    files: SplitFiles | None = Field(
+        default=None, description="null or a mapping of splits to file names"
+    )
+    token_column: int = Field(default=0, description="a whole number; -1 is the last column")
+    tag_column: int = Field(-1, description="a whole number; -1 is the last column")
+
+    def conflicts(self) -> Conflicts:
+        """Refuse keys that only a local source reads; ignoring them would mislead."""
+        local_only = {"format", "files", "token_column", "tag_column"}
+        if self.source == "local":
+            names = self.files.model_dump(exclude_none=True) if self.files else {}
+            return [
+                (f"files.{split}", f"expected a file inside fetch.path, got {name!r}")
+                for split, name in names.items()
+                if PurePath(name).is_absolute() or ".." in PurePath(name).parts
+            ]
+        return [
+            (key, f"is read for source: local only, not for source: {self.source}")
+            for key in sorted(self.model_fields_set & local_only)
+        ]
+
+
+class SearchSpace(Section):
+    """The ranges that a search draws from; a key that is null keeps the value of `train`."""
+
+    prompt_length: Annotated[tuple[Whole, Whole], BeforeValidator(_tuple)] | None = Field(
+        default=None, description="null or [lowest, highest], whole numbers >= 1"
+    )
+    learning_rate: (
+        Annotated[
+            tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+            BeforeValidator(_tuple),
+        ]
+        | None
+    ) = Field(default=None, description="null or [lowest, highest], numbers > 0 and <= 1")
+    reparameterization: (
+        Annotated[
+            tuple[Reparameterization, ...],
+            BeforeValidator(_tuple),
+            Field(min_length=1),
+        ]
+        | None
+    ) = Field(default=None, description="null or a list of embedding, mlp")
+    prompt_dropout: Annotated[tuple[Fraction, Fraction], BeforeValidator(_tuple)] | None = Field(
+        default=None, description="null or [lowest, highest], numbers from 0 to below 1"
+    )
+
+    def conflicts(self) -> Conflicts:
+        """Refuse ranges that are upside down."""
+        found = []
+        for key in ("prompt_length", "learning_rate", "prompt_dropout"):
+            limits = getattr(self, key)
+            if limits is not None and limits[0] > limits[1]:
+                message = f"expected [lowest, highest], got {list(limits)}"
+                found.append((key, message))
+        return found
+
+
+class FirstTrial(Section):
+    """Settings that a search tries before it draws any."""
+
+    prompt_length: Whole | None = Field(default=None, description="a whole number >= 1")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="a number > 0 and <= 1"
+    )
+    reparameterization: Reparameterization | None = Field(
+        default=None, description="embedding or mlp"
+    )
+    prompt_dropout: Fraction | None = Field(default=None, description="a number from 0 to below 1")
+
+
+class SearchSettings(Section):
+    """The search over settings of `train`."""
+
+    n_trials: int = Field(
+        default=6, ge=0, le=100_000, description="a whole number from 0 (no search) to 100000"
+    )
+    epochs: int = Field(default=4, ge=1, le=100_000, description="a whole number from 1 to 100000")
+    seed: Seed = Field(default=42, description=SEED_WORDS)
+    grace_epochs: int = Field(default=2, ge=0, description="a whole number of epochs >= 0")
+    pruner: Literal["median", "none"] = Field(default="median", description="median or none")
+    space: SearchSpace = Field(
+        default=SearchSpace(prompt_length=(8, 64), learning_rate=(1e-3, 3e-2)),
+        description="a mapping of settings to their ranges",
+    )
+    first: Annotated[tuple[FirstTrial, ...], BeforeValidator(_tuple)] = Field(
+        default=(),
+        description="a list of mappings such as {prompt_length: 16, learning_rate: 5.0e-3}",
+    )
+
+    def conflicts(self) -> Conflicts:
+        """Check that there is something to search, and that the first trials lie inside it."""
+        found = [(f"space.{key}", message) for key, message in self.space.conflicts()]
+        dimensions = self.space.model_dump(exclude_none=True)
+        if self.n_trials and not dimensions:
+            found.append(("space", "expected a range for one setting at least; or set n_trials: 0"))
+        for index, trial in enumerate(self.first):
+            for key, value in trial.model_dump(exclude_none=True).items():
+                if not _inside(value, dimensions.get(key)):
+                    limits = list(dimensions[key]) if key in dimensions else "no range"
+                    message = f"expected a value inside space.{key} ({limits}), got {value!r}"
+                    found.append((f"first.{index}.{key}", message))
+        return found
+
+
+def _inside(value: Any, limits: tuple[Any, ...] | None) -> bool:
+    if limits is None:
+        return False
+    if isinstance(value, str):
+        return value in limits
+    return bool(limits[0] <= value <= limits[1])
+
+
+class EvaluateSettings(Section):
+    """What `evaluate` scores besides the prompt."""
+
+    probe: bool = Field(default=True, description="true or false")
+
+
+class RegisterSettings(Section):
+    """The registry, and the gate in front of production."""
+
+    tracking_uri: Text = Field(default="sqlite:///mlflow.db", description="an MLflow tracking URI")
+    experiment: Text = Field(default="ptv2", description="the name of an MLflow experiment")
+    gate_margin: float = Field(default=0.0, ge=0.0, le=1.0, description="a number from 0 to 1")
+
+
+class RunSettings(Section):
+    """How `ptv2 run` works through the stages; no result depends on it."""
+
+    concurrency: int = Field(
+        default=2, ge=1, le=256, description="a whole number of stages, 1 to 256"
+    )
+    retries: int = Field(default=3, ge=0, le=100, description="a whole number from 0 to 100")

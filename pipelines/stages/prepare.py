@@ -1,0 +1,176 @@
+"""prepare: check, split and encode a task's records."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.paths import TaskPaths
+from pipelines.settings import TaskSettings
+from ptv2_core.data.encoding import EncodedSplit, EncodingReport, encode_examples
+from ptv2_core.data.examples import (
+    SPLITS,
+    Example,
+    Fields,
+    Record,
+    carve_splits,
+    collect_labels,
+    cut_rows,
+    digest_examples,
+    example_to_mapping,
+    parse_records,
+)
+from ptv2_core.data.tasks import METRICS, TaskSpec
+from ptv2_core.errors import DataError
+from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
+from ptv2_core.model.backbones.loading import load_tokenizer, locate
+
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A prepared task.
+
+    Attributes:
+        task: Its labels and metric.
+        splits: Encoded rows of train, dev and test, mapped into memory.
+        max_length: Tokens of a row at most.
+        tokenizer_digest: Of the tokenizer that encoded it.
+        digests: `sha256:...` of each split's content.
+    """
+
+    task: TaskSpec
+    splits: dict[str, EncodedSplit]
+    max_length: int
+    tokenizer_digest: str
+    digests: dict[str, str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Prepared":
+        """Map what `run` wrote.
+
+        Raises:
+            DataError: It is not there, or damaged.
+        """
+        file = folder / TASK_FILE
+        if not file.is_file():
+            raise DataError(f"{file}: not there; run `ptv2 prepare --task {folder.name}` first")
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return cls(
+            task=TaskSpec.from_mapping(stored["task"]),
+            splits={split: EncodedSplit.load(folder / split) for split in SPLITS},
+            max_length=stored["encoding"]["max_length"],
+            tokenizer_digest=stored["encoding"]["tokenizer_digest"],
+            digests=stored["digests"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What prepare did, as `report.json` holds it.
+
+    Attributes:
+        labels: Number of classes or tags.
+        repaired_tags: `I-` tags that began a span and were taken as `B-`.
+        splits: Rows, tokens, longest row and cut rows by split.
+    """
+
+    labels: int
+    repaired_tags: int
+    splits: dict[str, EncodingReport]
+
+
+def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
+    """Check all records, carve missing splits, encode, and write `data/prepared/TASK`.
+
+    Raises:
+        DataError: Records are not what the task's settings say; nothing is written.
+        BackboneError: The backbone's tokenizer is not there.
+    """
+    prepare = settings.prepare
+    location = locate(settings.backbone.name, settings.backbone.revision)
+    tokenizer = load_tokenizer(location)
+    fields = Fields(
+        text=prepare.text,
+        text_pair=prepare.text_pair,
+        label=prepare.label,
+        tokens=prepare.tokens,
+        tags=prepare.tags,
+    )
+    parsed = {
+        split: parse_records(records, kind=prepare.kind, fields=fields)
+        for split, records in _read_raw(paths.raw).items()
+    }
+    labels = collect_labels(
+        {split: examples for split, (examples, _) in parsed.items()},
+        kind=prepare.kind,
+        labels=prepare.labels,
+    )
+    carved = carve_splits(
+        {split: examples for split, (examples, _) in parsed.items()},
+        dev_fraction=prepare.dev_fraction,
+        test_fraction=prepare.test_fraction,
+        seed=prepare.seed,
+    )
+    splits = {
+        split: cut_rows(examples, prepare.max_rows, seed=prepare.seed)
+        for split, examples in carved.items()
+    }
+    task = TaskSpec(
+        name=settings.name,
+        kind=prepare.kind,
+        labels=labels,
+        fields=fields.named(),
+        metric=METRICS[prepare.kind],
+    )
+    reports: dict[str, EncodingReport] = {}
+    with replace_directory(paths.prepared) as folder:
+        for split, examples in splits.items():
+            encoded, reports[split] = encode_examples(
+                examples, tokenizer, labels=labels, max_length=prepare.max_length
+            )
+            encoded.save(folder / split)
+            write_text_atomic(folder / f"{split}.jsonl", _json_lines(examples))
+        report = PrepareReport(
+            labels=len(labels),
+            repaired_tags=sum(repaired for _, repaired in parsed.values()),
+            splits=reports,
+        )
+        stored = {
+            "task": task.to_mapping(),
+            "encoding": {
+                "max_length": prepare.max_length,
+                "tokenizer_digest": location.tokenizer_digest(),
+            },
+            "digests": {split: digest_examples(examples) for split, examples in splits.items()},
+        }
+        write_json_atomic(folder / TASK_FILE, stored)
+        write_json_atomic(folder / "report.json", asdict(report))
+    return report
+
+
+def read_examples(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Return the examples of a prepared split as plain values, in the order of its rows."""
+    lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def _json_lines(examples: list[Example]) -> str:
+    lines = [json.dumps(example_to_mapping(e), ensure_ascii=False) for e in examples]
+    return "\n".join(lines) + "\n"
+
+
+def _read_raw(folder: Path) -> dict[str, list[Record]]:
+    """Read what fetch wrote; a train split is always there."""
+    splits: dict[str, list[Record]] = {}
+    for split in SPLITS:
+        file = folder / f"{split}.jsonl"
+        if file.is_file():
+            stored = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+            splits[split] = [Record(where=row["where"], values=row["record"]) for row in stored]
+    if "train" not in splits:
+        raise DataError(
+            f"{folder / 'train.jsonl'}: not there; run `ptv2 fetch --task {folder.name}` first"
+        )
+    return splits

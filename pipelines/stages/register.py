@@ -1,0 +1,63 @@
+"""register: one model version per prompt, with everything that leads back to it."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from pipelines import dag, registry
+from pipelines.paths import TaskPaths
+from pipelines.settings import TaskSettings, read_environment
+from pipelines.stages.prepare import read_examples
+from ptv2_core.artifact import load_manifest
+from ptv2_core.files import write_json_atomic
+
+EXAMPLES = 3
+
+
+def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
+    """Register `prompts/TASK`, idempotently, and write `results/TASK/registered.json`.
+
+    Raises:
+        RegistryError: The registry does not answer or refuses.
+        PipelineError: A result of an earlier stage is absent.
+        ArtifactError: The prompt is damaged.
+    """
+    environment = read_environment()
+    commit = dag.git_commit(paths.root)
+    registered = registry.register(
+        root=paths.root,
+        task=settings.name,
+        artifact_dir=paths.prompt,
+        train_dir=paths.train,
+        evaluate_dir=paths.evaluate,
+        search_dir=paths.search,
+        prepared_dir=paths.prepared,
+        tracking_uri=environment.mlflow_tracking_uri or settings.register.tracking_uri,
+        experiment=settings.register.experiment,
+        gate_margin=settings.register.gate_margin,
+        provenance=registry.Provenance(
+            git_commit=commit["commit"],
+            git_dirty=commit["dirty"],
+            data_md5=dag.data_hashes(paths.root, f"prepare@{settings.name}"),
+            params_hash=params_hash(settings),
+            flow_run_id=environment.flow_run_id,
+        ),
+        input_example=_examples(paths),
+    )
+    write_json_atomic(paths.registered, asdict(registered))
+    return registered
+
+
+def params_hash(settings: TaskSettings) -> str:
+    """Return `sha256:...` of every setting that the task's stages read."""
+    text = json.dumps(settings.to_mapping(), sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _examples(paths: TaskPaths) -> list[dict[str, Any]]:
+    """Return a few dev inputs as the predictor takes them."""
+    fields = load_manifest(paths.prompt).task.fields
+    kept = [field for field in ("text", "text_pair", "tokens") if field in fields]
+    rows = read_examples(paths.prepared, "dev")[:EXAMPLES]
+    return [{field: row[field] for field in kept} for row in rows]

@@ -1,0 +1,183 @@
+"""train: the best settings on train, early stopping on dev, and the artifact."""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines.dag import git_commit
+from pipelines.errors import PipelineError
+from pipelines.paths import TaskPaths
+from pipelines.settings import TaskSettings
+from pipelines.stages import Progress, silent
+from pipelines.stages.prepare import Prepared, read_examples
+from pipelines.stages.search import BEST_FILE
+from pipelines.stages.training import backbone_for, overlay, start_training
+from pipelines.tables import csv_text
+from ptv2_core.artifact import Weights, restore_model, save_artifact
+from ptv2_core.config import TrainConfig
+from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
+from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.backbones.loading import load_backbone, load_tokenizer, locate
+from ptv2_core.training.start import resolve_head
+
+GOLDEN_INPUTS = 4
+LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How the training went, as `metrics.json` holds it.
+
+    Attributes:
+        metric: The task's metric.
+        dev: Its best value on dev.
+        best_epoch: When.
+        epochs: Epochs that ran.
+        seconds: Of training, evaluation on dev included.
+        peak_memory_bytes: The process's largest resident size.
+        trainable_parameters: Of the saved prompt and head.
+        trainable_share: Of the prompt in the backbone's parameters.
+        precision: Number format of the frozen weights.
+    """
+
+    metric: str
+    dev: float
+    best_epoch: int
+    epochs: int
+    seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    trainable_share: float
+    precision: str
+
+
+def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -> TrainResult:
+    """Train, and write `prompts/TASK` and `results/TASK/train`.
+
+    Raises:
+        ConfigError: The prompt is longer than the backbone's positions allow.
+        TrainingError: The loss was not finite.
+    """
+    prepared = Prepared.load(paths.prepared)
+    best = _read_best(paths.search / BEST_FILE)
+    config = overlay(settings.train, best.get("train", {}))
+    backbone = backbone_for(settings, prepared)
+    model, reports = start_training(backbone, prepared, config)
+    started = time.monotonic()
+    history: list[dict[str, Any]] = []
+    for report in reports:
+        if report.evaluation is not None:
+            history.append(
+                {
+                    "epoch": report.epoch,
+                    "train_loss": report.train_loss,
+                    "dev_loss": report.evaluation.loss,
+                    "dev_score": report.evaluation.score,
+                    "learning_rate": report.learning_rate,
+                    "is_best": report.is_best,
+                    "seconds": time.monotonic() - started,
+                }
+            )
+        dev = f", dev {history[-1]['dev_score']:.4f}" if history else ""
+        what = f"epoch {report.epoch} loss {report.train_loss:.4f}{dev}"
+        progress(what, report.step, report.total_steps)
+    weights = Weights.of(model)
+    chosen = [row for row in history if row["is_best"]][-1]
+    result = TrainResult(
+        metric=prepared.task.metric,
+        dev=chosen["dev_score"],
+        best_epoch=chosen["epoch"],
+        epochs=len(history),
+        seconds=history[-1]["seconds"],
+        peak_memory_bytes=peak_memory_bytes(),
+        trainable_parameters=sum(tensor.numel() for tensor in weights.named().values()),
+        trainable_share=weights.prompt.numel() / backbone.spec.num_parameters,
+        precision=str(backbone.dtype).removeprefix("torch."),
+    )
+    with replace_directory(paths.train) as folder:
+        write_json_atomic(folder / "metrics.json", asdict(result))
+        write_text_atomic(
+            folder / "history.csv", csv_text(history[0], [row.values() for row in history])
+        )
+    _save(settings, paths, prepared, backbone, config, best, weights, result)
+    return result
+
+
+def _save(
+    settings: TaskSettings,
+    paths: TaskPaths,
+    prepared: Prepared,
+    backbone: Backbone,
+    config: TrainConfig,
+    best: Mapping[str, Any],
+    weights: Weights,
+    result: TrainResult,
+) -> None:
+    head = resolve_head(config.head, backbone)
+    reference = load_backbone(settings.backbone.name, settings.backbone.revision, precision="fp32")
+    location = locate(settings.backbone.name, settings.backbone.revision)
+    predictor = Predictor(
+        restore_model(reference, [(prepared.task, config.prompt, head, weights)]),
+        load_tokenizer(location),
+        prepared.task,
+        max_length=prepared.max_length,
+    )
+    training = {**config.to_mapping(), "study": best.get("study"), "trial": best.get("trial")}
+    save_artifact(
+        paths.prompt,
+        weights,
+        task=prepared.task,
+        prompt=config.prompt,
+        head=head,
+        backbone=backbone.spec.to_mapping(),
+        tokenizer_digest=prepared.tokenizer_digest,
+        encoding={"max_length": prepared.max_length},
+        training=training,
+        provenance={
+            "git_commit": git_commit(paths.root)["commit"],
+            "data": prepared.digests,
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        },
+        metrics={
+            f"dev_{result.metric}": result.dev,
+            "best_epoch": result.best_epoch,
+            "precision": result.precision,
+        },
+        golden=golden_inputs(predictor, paths.prepared, prepared.task),
+    )
+
+
+def golden_inputs(predictor: Predictor, prepared: Path, task: TaskSpec) -> list[dict[str, Any]]:
+    """Return a few dev inputs with the logits that the prompt gives, to check loading against."""
+    kept = ("text", "text_pair", "tokens")
+    inputs = [
+        {key: value for key, value in example.items() if key in kept}
+        for example in read_examples(prepared, "dev")[:GOLDEN_INPUTS]
+    ]
+    return [
+        {"input": given, "logits": logits.tolist()}
+        for given, logits in zip(inputs, predictor.logits(inputs), strict=True)
+    ]
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _read_best(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise PipelineError(f"{file}: not there; run `ptv2 search --task {file.parts[-3]}` first")
+    best: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return best

@@ -1,0 +1,277 @@
+"""Optuna: a study on SQLite that a killed search goes on with, to exactly its number of trials."""
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from pipelines.errors import PipelineError
+from pipelines.schema import SearchSettings
+from pipelines.tables import csv_text
+from ptv2_core.errors import TrainingError
+from ptv2_core.files import write_text_atomic
+
+# setting of the search space -> its place in the train section
+PLACES = {
+    "prompt_length": ("prompt", "length"),
+    "learning_rate": ("learning_rate",),
+    "reparameterization": ("prompt", "reparameterization"),
+    "prompt_dropout": ("prompt", "dropout"),
+}
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One finished trial.
+
+    Attributes:
+        number: Optuna's.
+        state: `complete`, `pruned` or `failed`.
+        value: The best score over its epochs; none where it failed.
+        params: What was drawn.
+    """
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What was drawn, nested as in the train section."""
+        nested: dict[str, Any] = {}
+        for name, value in self.params.items():
+            *sections, key = PLACES[name]
+            target = nested
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[key] = value
+        return nested
+
+    def summary(self) -> str:
+        """Return one line about the trial."""
+        drawn = ", ".join(f"{name} {_short(value)}" for name, value in self.params.items())
+        score = "" if self.value is None else f" {self.value:.4f}"
+        return f"{self.state}{score} ({drawn})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished study.
+
+    Attributes:
+        best: The trial with the best score.
+        counts: Trials by state.
+    """
+
+    best: Trial
+    counts: dict[str, int]
+
+
+class Study:
+    """A search of one task."""
+
+    def __init__(self, *, database: Path, name: str, search: SearchSettings) -> None:
+        """Open or make the study.
+
+        Args:
+            database: SQLite file; one search at a time writes it.
+            name: Changes with everything a trial depends on, so that studies never mix.
+            search: Space, number of trials, pruner and seed.
+        """
+        # Optuna announces every trial on its own logger; the stage draws progress instead
+        optuna.logging.set_verbosity(logging.WARNING)
+        database.parent.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self._search = search
+        self._lock = database.with_suffix(".lock")
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=f"sqlite:///{database}",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=_pruner(search),
+        )
+
+    def run(
+        self,
+        scores: Callable[[Mapping[str, Any]], Iterator[float]],
+        on_trial: Callable[[Trial, int], None],
+    ) -> Outcome:
+        """Run trials until the study has `n_trials` finished ones.
+
+        Args:
+            scores: Trains with nested changes to the train section and yields a score an epoch.
+            on_trial: Called with every finished trial and how many there are.
+
+        Raises:
+            PipelineError: Another search holds the study, or no trial ended with a score.
+        """
+        with self._exclusive():
+            self._retry_interrupted()
+            self._enqueue_first()
+            while len(self._finished()) < self._search.n_trials:
+                self._study.sampler = self._sampler()
+                trial = self._study.ask()
+                self._run_trial(trial, scores)
+                finished = self._finished()
+                on_trial(finished[-1], len(finished))
+        finished = self._finished()
+        scored = [trial for trial in finished if trial.state == "complete"]
+        if not scored:
+            raise PipelineError(
+                f"search: none of {len(finished)} trials ended with a score; the loss was not "
+                "finite. Lower search.space.learning_rate or set backbone.precision to fp32."
+            )
+        counts = {
+            state: sum(trial.state == state for trial in finished)
+            for state in ("complete", "pruned", "failed")
+        }
+        # the first of equals: max() keeps the earlier one
+        return Outcome(best=max(scored, key=lambda trial: trial.value or 0.0), counts=counts)
+
+    def _run_trial(
+        self, trial: optuna.Trial, scores: Callable[[Mapping[str, Any]], Iterator[float]]
+    ) -> None:
+        drawn = Trial(number=trial.number, state="", value=None, params=self._suggest(trial))
+        best: float | None = None
+        try:
+            for epoch, score in enumerate(scores(drawn.changes), start=1):
+                best = score if best is None else max(best, score)
+                trial.report(score, epoch)
+                if epoch < self._search.epochs and trial.should_prune():
+                    self._study.tell(trial, state=TrialState.PRUNED)
+                    return
+        except TrainingError as error:
+            trial.set_user_attr("error", str(error))
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        self._study.tell(trial, best)
+
+    def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        space = self._search.space
+        drawn: dict[str, Any] = {}
+        if space.prompt_length:
+            low, high = space.prompt_length
+            drawn["prompt_length"] = trial.suggest_int("prompt_length", low, high, log=True)
+        if space.learning_rate:
+            slow, fast = space.learning_rate
+            drawn["learning_rate"] = trial.suggest_float("learning_rate", slow, fast, log=True)
+        if space.reparameterization:
+            drawn["reparameterization"] = trial.suggest_categorical(
+                "reparameterization", space.reparameterization
+            )
+        if space.prompt_dropout:
+            drawn["prompt_dropout"] = trial.suggest_float("prompt_dropout", *space.prompt_dropout)
+        return drawn
+
+    def _sampler(self) -> optuna.samplers.TPESampler:
+        """Return a sampler whose draw depends on the seed and the finished trials alone."""
+        done = len(self._finished())
+        seed = int(np.random.SeedSequence([self._search.seed, done]).generate_state(1)[0])
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            constant_liar=True,
+            # a short search cannot spend ten trials on chance
+            n_startup_trials=max(2, min(10, self._search.n_trials // 3)),
+        )
+
+    def _enqueue_first(self) -> None:
+        for first in self._search.first:
+            params = first.model_dump(exclude_none=True)
+            self._study.enqueue_trial(params, skip_if_exists=True)
+
+    def _retry_interrupted(self) -> None:
+        """Give up trials whose process died, and queue their settings again."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.enqueue_trial(trial.params)
+            self._study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _finished(self) -> list[Trial]:
+        frozen = self._study.get_trials(deepcopy=False, states=FINISHED)
+        return [_trial(one) for one in frozen if INTERRUPTED not in one.user_attrs]
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the study; the operating system lets go when the process dies, however it does."""
+        with self._lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PipelineError(
+                    f"search: another search of this task is running ({self._lock} is held); wait "
+                    "for it or stop it"
+                ) from error
+            yield
+
+    def write_trials(self, path: Path) -> None:
+        """Write a row a trial: number, state, value and what was drawn."""
+        trials = self._finished()
+        names = sorted({name for trial in trials for name in trial.params})
+        rows = [
+            [
+                trial.number,
+                trial.state,
+                "" if trial.value is None else trial.value,
+                *(trial.params.get(name, "") for name in names),
+            ]
+            for trial in trials
+        ]
+        write_text_atomic(path, csv_text(["trial", "state", "value", *names], rows))
+
+    def write_plots(self, path: Path, *, task: str, metric: str) -> None:
+        """Write one self-contained page with Optuna's plots."""
+        plots = optuna.visualization
+        figures = [
+            plots.plot_optimization_history(self._study, target_name=f"dev {metric}"),
+            plots.plot_intermediate_values(self._study),
+            plots.plot_parallel_coordinate(self._study, target_name=f"dev {metric}"),
+            plots.plot_slice(self._study, target_name=f"dev {metric}"),
+        ]
+        parts = [
+            figure.to_html(full_html=False, include_plotlyjs=place == 0, div_id=f"plot-{place}")
+            for place, figure in enumerate(figures)
+        ]
+        title = f"Search of {task}: {self.name}"
+        body = "\n".join(parts)
+        write_text_atomic(
+            path,
+            "<!doctype html>\n"
+            f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
+            f'<body style="font-family: sans-serif; margin: 2rem">\n<h1>{title}</h1>\n{body}\n'
+            "</body></html>\n",
+        )
+
+
+def _pruner(search: SearchSettings) -> optuna.pruners.BasePruner:
+    if search.pruner == "none":
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    names = {
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+    }
+    reported = list(frozen.intermediate_values.values())
+    value = max(reported) if reported and frozen.state != TrialState.FAIL else None
+    return Trial(
+        number=frozen.number, state=names[frozen.state], value=value, params=dict(frozen.params)
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

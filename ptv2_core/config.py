@@ -1,0 +1,195 @@
+"""Settings of one training: frozen dataclasses, all problems of a mapping reported at once."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ptv2_core.errors import ConfigError
+
+Problems = list[tuple[str, str]]
+T = TypeVar("T")
+
+Reparameterization = Literal["embedding", "mlp"]
+PromptStart = Literal["normal", "backbone"]
+Reads = Literal["auto", "cls", "pooler", "mean"]
+Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The closed or half-open interval that a number must lie in."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Tell whether `value` is finite and inside."""
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        """Say the interval in words for an error message."""
+        low = f"{'>' if self.low_open else '>='} {self.low:g}"
+        if math.isinf(self.high):
+            return low
+        return f"{low} and {'<' if self.high_open else '<='} {self.high:g}"
+
+
+def number(default: float, **limits: Any) -> Any:
+    """Declare a numeric field with a default and the `Range` it must lie in."""
+    return field(default=default, metadata={"range": Range(**limits)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The shape of a prompt (paper, section 3.2).
+
+    Attributes:
+        length: P, key/value positions in every layer.
+        reparameterization: `embedding` trains the keys and values themselves, `mlp` an embedding
+            and a two-layer MLP that produces them.
+        mlp_hidden: Width of that MLP.
+        dropout: Probability that an element of the prompt is dropped in a training step.
+        start: `normal` draws from N(0, start_std), as the released code does; `backbone` takes the
+            keys and values that the frozen backbone itself computes for training words.
+        start_std: Standard deviation of a `normal` start.
+        shift_positions: Whether token positions start at P, as in the released code.
+    """
+
+    length: int = number(16, low=1, high=4096)
+    reparameterization: Reparameterization = "embedding"
+    mlp_hidden: int = number(512, low=1, high=65536)
+    dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
+    start: PromptStart = "normal"
+    start_std: float = number(1.0, low=0.0, low_open=True)
+    shift_positions: bool = True
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, path: str = "prompt") -> "PromptConfig":
+        """Build from a mapping; every problem is reported at once as a ConfigError."""
+        return _build(cls, values, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The head on top of the backbone.
+
+    Attributes:
+        reads: What a classification head reads. `auto` takes what the backbone's files say.
+        dropout: Dropout before the linear layer.
+    """
+
+    reads: Reads = "auto"
+    dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, path: str = "head") -> "HeadConfig":
+        """Build from a mapping; every problem is reported at once as a ConfigError."""
+        return _build(cls, values, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        prompt: The prompt.
+        head: The head.
+        learning_rate: Peak learning rate of the prompt.
+        head_learning_rate: Peak learning rate of the head; none takes `learning_rate`.
+        epochs: Passes over the training data at most.
+        batch_size: Rows in one step at most.
+        token_budget: Padded tokens in one step at most.
+        warmup_fraction: Share of all steps with a rising learning rate.
+        weight_decay: AdamW's decoupled decay.
+        max_grad_norm: Gradients are scaled down to this norm.
+        patience: Epochs in which neither the development score nor its loss gets better, before
+            stopping.
+        seed: Of the start, the order of rows and dropout.
+    """
+
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    learning_rate: float = number(5e-3, low=0.0, low_open=True, high=1.0)
+    head_learning_rate: float | None = field(
+        default=None, metadata={"range": Range(low=0.0, low_open=True, high=1.0)}
+    )
+    epochs: int = number(10, low=1, high=100_000)
+    batch_size: int = number(32, low=1, high=65536)
+    token_budget: int = number(4096, low=16, high=16_777_216)
+    warmup_fraction: float = number(0.06, low=0.0, high=1.0, high_open=True)
+    weight_decay: float = number(0.01, low=0.0, high=10.0)
+    max_grad_norm: float = number(1.0, low=0.0, low_open=True)
+    patience: int = number(5, low=1, high=100_000)
+    seed: int = number(42, low=0, high=2**32 - 1)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, path: str = "train") -> "TrainConfig":
+        """Build from a mapping; every problem is reported at once as a ConfigError."""
+        return _build(cls, values, path)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain nested dictionaries, as `from_mapping` takes them."""
+        return dataclasses.asdict(self)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    problems: Problems = []
+    built = _read(cls, values, path, problems)
+    if problems or built is None:
+        raise ConfigError(problems)
+    return built
+
+
+def _read(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
+    """Read one dataclass, appending every problem; None where there was any."""
+    if not isinstance(values, Mapping):
+        problems.append((path, f"expected a mapping of settings, got {values!r}"))
+        return None
+    before = len(problems)
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            problems.append((f"{path}.{key}", f"unknown key; known: {', '.join(known)}"))
+    taken: dict[str, Any] = {}
+    for name, declared in known.items():
+        if name in values:
+            where = f"{path}.{name}"
+            if dataclasses.is_dataclass(hints[name]):
+                taken[name] = _read(hints[name], values[name], where, problems)
+            else:
+                limits: Range | None = declared.metadata.get("range")
+                taken[name] = _value(values[name], hints[name], limits, where, problems)
+    return cls(**taken) if len(problems) == before else None
+
+
+def _value(value: Any, hint: Any, limits: Range | None, path: str, problems: Problems) -> Any:
+    """Check one scalar against its type and range; integers pass as floats."""
+    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if value is None and NoneType in options:
+        return None
+    kind = next(option for option in options if option is not NoneType)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            expected = " | ".join(str(choice) for choice in get_args(kind))
+            problems.append((path, f"expected {expected}, got {value!r}"))
+        return value
+    checks: dict[type, tuple[str, Callable[[Any], bool]]] = {
+        bool: ("true or false", lambda v: isinstance(v, bool)),
+        int: ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+        float: ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+    }
+    wanted, is_right = checks[kind]
+    within = f" {limits}" if limits else ""
+    if not is_right(value) or (limits is not None and value not in limits):
+        problems.append((path, f"expected {wanted}{within}, got {value!r}"))
+        return value
+    return float(value) if kind is float else value

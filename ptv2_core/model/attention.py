@@ -1,0 +1,110 @@
+"""Attention over prompts and tokens, behind Transformers' attention interface.
+
+Letters: B rows, T tokens, P prompt length, L layers, N key/value heads, D head size,
+S = P + T keys.
+
+The prompts of a batch travel as one keyword argument of the backbone's forward and arrive here
+with every layer's call, so nothing is kept on a module between two calls.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION_NAME = "ptv2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """The prompts of one batch, for every layer.
+
+    Attributes:
+        keys: `[L, B or 1, N, P, D]`; one row stands for all rows.
+        values: Like `keys`.
+        mask: `[B, 1, 1, S]`, 0 where a key is seen and minus infinity where not; None: all seen.
+        captured: Where given, every layer appends its own tokens' keys and values to it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    captured: list[tuple[Tensor, Tensor]] | None = field(default=None)
+
+
+def additive_mask(
+    token_mask: Tensor, prompt_mask: Tensor | None, prompt_length: int
+) -> Tensor | None:
+    """Return the mask `[B, 1, 1, S]` over prompt and token keys, or None where all are seen.
+
+    Args:
+        token_mask: `[B, T]`, true at real tokens.
+        prompt_mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
+        prompt_length: P.
+    """
+    if bool(token_mask.all()) and (prompt_mask is None or bool(prompt_mask.all())):
+        return None
+    if prompt_mask is None:
+        prompt_mask = token_mask.new_ones(token_mask.shape[0], prompt_length)
+    seen = torch.cat([prompt_mask, token_mask], dim=1)  # [B, S]
+    mask = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device)
+    return mask.masked_fill(~seen, float("-inf"))[:, None, None, :]
+
+
+def prompted_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    prompts: PromptBatch,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend `[B, N, T, D]` queries over the row's prompt and tokens; returns `[B, T, N, D]`.
+
+    Args:
+        module: The layer's attention module; its `layer_idx` picks the layer's prompts.
+        query: `[B, N, T, D]`.
+        key: `[B, N, T, D]`.
+        value: `[B, N, T, D]`.
+        attention_mask: Always None; the mask over prompt and tokens is in `prompts`.
+        scaling: Factor on the scores.
+        dropout: Probability of dropping an attention weight; 0 unless the backbone trains.
+        prompts: The batch's prompts and mask.
+    """
+    if prompts.captured is not None:
+        prompts.captured.append((key.detach(), value.detach()))
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if prompts.keys.shape[3] > 0:
+        rows = query.shape[0]
+        key = torch.cat([prompts.keys[layer].expand(rows, -1, -1, -1), key], dim=2)
+        value = torch.cat([prompts.values[layer].expand(rows, -1, -1, -1), value], dim=2)
+    if query.device.type == "cpu":
+        # torch's bf16 SDPA on CPU is 2 to 5 times slower than two products and a softmax
+        scores = (query * scaling) @ key.transpose(2, 3)  # [B, N, T, S]
+        if prompts.mask is not None:
+            scores = scores + prompts.mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        output = nn.functional.dropout(weights, dropout, training=dropout > 0.0) @ value
+    else:
+        mask = None if prompts.mask is None else prompts.mask.to(query.dtype)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+    return output.transpose(1, 2), None  # [B, N, T, D] -> [B, T, N, D]
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Stand in for Transformers' mask: ours spans prompt and tokens and is made once a batch."""
+    return
+
+
+def register_attention() -> None:
+    """Make the attention known to Transformers under `ATTENTION_NAME`; harmless to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, prompted_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

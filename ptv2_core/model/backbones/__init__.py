@@ -1,0 +1,1 @@
+"""Backbones: the only place that knows the insides of Transformers."""

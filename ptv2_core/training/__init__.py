@@ -1,0 +1,1 @@
+"""Logits in, a trained prompt out."""

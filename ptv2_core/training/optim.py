@@ -1,0 +1,42 @@
+"""The optimizer over the trainable names, and the learning rate as a function of the step."""
+
+import torch
+
+from ptv2_core.config import TrainConfig
+from ptv2_core.model.prompted import PromptedModel
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_fraction: float) -> float:
+    """Return the share of the peak learning rate at a step: linear up, then linear down to 0.
+
+    Args:
+        step: Counted from 0.
+        total_steps: Of the whole training.
+        warmup_fraction: Share of them that rises.
+    """
+    warmup = round(total_steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+
+def make_optimizer(model: PromptedModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with a group for the prompts and one for the heads.
+
+    Each group keeps its peak learning rate under the key `peak`.
+    """
+    prompts = [p for name, p in model.trainable() if name.startswith("bank.")]
+    heads = [p for name, p in model.trainable() if name.startswith("heads.")]
+    head_rate = config.head_learning_rate or config.learning_rate
+    groups = [
+        {"params": prompts, "lr": config.learning_rate, "peak": config.learning_rate},
+        {"params": heads, "lr": head_rate, "peak": head_rate},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor

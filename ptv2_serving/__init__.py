@@ -1,0 +1,1 @@
+"""Production: prompts pulled from the registry and served on one frozen backbone."""

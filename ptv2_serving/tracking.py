@@ -1,0 +1,181 @@
+"""Where the registry is: its URI made absolute, and a quick look whether it answers.
+
+MLflow retries for minutes before it admits that a server is away, and creates a database that is
+not there. So both are looked at here first, without MLflow and without writing anything.
+"""
+
+import logging
+import os
+import socket
+import sqlite3
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from ptv2_core.errors import PTv2Error
+
+PROMPT_PATH = "artifacts/prompt"
+"""Where the prompt lies inside a registered model."""
+
+SHA256_TAG = "prompt_sha256"
+"""The tag of a model version that holds the sha256 of its prompt.safetensors."""
+
+DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+EXPECTED_URI = "expected sqlite:///FILE, postgresql://..., mysql://..., mssql://..., http(s)://..."
+
+
+MANIFEST_TAG = "manifest_sha256"
+"""Likewise of its prompt.json."""
+
+
+class StoreError(PTv2Error):
+    """A registry that cannot be reached or read, or a place that must not be overwritten."""
+
+
+def resolve_uri(uri: str, *, root: Path) -> str:
+    """Return `uri` with a relative SQLite path made absolute under `root`.
+
+    Args:
+        uri: A tracking URI as MLflow takes it.
+        root: The workspace, or the current folder.
+
+    Raises:
+        StoreError: The URI is of no kind that holds a registry.
+    """
+    scheme = _scheme(uri)
+    if scheme == "sqlite":
+        path = sqlite_path(uri)
+        return f"sqlite:///{(root.absolute() / path) if path else ''}"
+    if scheme not in ("http", "https", *DEFAULT_PORTS) or not urlsplit(uri).hostname:
+        raise StoreError(
+            f"the registry {shown(uri)!r} cannot be used; {EXPECTED_URI}. Mend "
+            "register.tracking_uri of params.yaml, or MLFLOW_TRACKING_URI."
+        )
+    return uri.rstrip("/")
+
+
+def check_answers(uri: str, *, must_exist: bool = False, timeout_s: float = 3.0) -> None:
+    """Fail within seconds when the registry at a resolved `uri` is away or unusable.
+
+    Args:
+        uri: What `resolve_uri` returned.
+        must_exist: Whether a SQLite database that is not there is an error.
+        timeout_s: How long to wait for a server.
+
+    Raises:
+        StoreError: Saying what is wrong and what to do about it.
+    """
+    scheme = _scheme(uri)
+    if scheme == "sqlite":
+        path = sqlite_path(uri)
+        if path:
+            _check_sqlite(path, must_exist=must_exist)
+    elif scheme in DEFAULT_PORTS:
+        _check_port(uri, timeout_s)
+    else:
+        _check_health(uri, timeout_s)
+
+
+def shown(uri: str) -> str:
+    """Return `uri` without a password, for messages and files."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    user, host = parts.netloc.rsplit("@", 1)
+    return urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}:***@{host}"))
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a `sqlite:///` URI; None for a database in memory."""
+    name = unquote(uri.partition(":///")[2].partition("?")[0])
+    return None if name in ("", ":memory:") else Path(name)
+
+
+@contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """Keep MLflow's and Alembic's progress messages off the terminal; errors still show."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _scheme(uri: str) -> str:
+    """Return the scheme without a driver: `postgresql` for `postgresql+psycopg2://...`."""
+    return uri.partition(":")[0].partition("+")[0].lower() if "://" in uri else ""
+
+
+def _check_sqlite(path: Path, *, must_exist: bool) -> None:
+    if not path.exists():
+        if must_exist:
+            raise StoreError(
+                f"no registry: there is no database {path}. Register a prompt first, run in the "
+                "workspace it was registered from, or set MLFLOW_TRACKING_URI."
+            )
+        if not path.parent.is_dir():
+            raise StoreError(
+                f"the registry's database {path} cannot be created: expected a folder "
+                f"{path.parent}. Create it, or mend register.tracking_uri of params.yaml."
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise StoreError(
+                f"the registry's database {path} cannot be created: no write access to "
+                f"{path.parent}. Change its permissions, or register.tracking_uri of params.yaml."
+            )
+        return
+    if not must_exist and not os.access(path, os.W_OK):
+        raise StoreError(
+            f"the registry's database {path} is read-only. Make it writable, or change "
+            "register.tracking_uri of params.yaml."
+        )
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"the registry's database {path} cannot be read as SQLite: {error}. Restore it from a "
+            "backup, or move it away to start an empty registry."
+        ) from error
+
+
+def _check_port(uri: str, timeout_s: float) -> None:
+    parts = urlsplit(uri)
+    address = (str(parts.hostname), parts.port or DEFAULT_PORTS[_scheme(uri)])
+    try:
+        with socket.create_connection(address, timeout=timeout_s):
+            return
+    except OSError as error:
+        raise _unreachable(uri, str(error)) from error
+
+
+def _check_health(uri: str, timeout_s: float) -> None:
+    parts = urlsplit(uri)
+    # A name and password in the address are for MLflow; urllib takes them for a part of the host.
+    address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=timeout_s):
+            return
+    except urllib.error.HTTPError as error:
+        # Any answer below 500 comes from a live server; whether it lets us in is for MLflow to say.
+        if error.code >= 500:
+            raise _unreachable(uri, f"HTTP {error.code} {error.reason}") from error
+    except OSError as error:
+        raise _unreachable(uri, str(getattr(error, "reason", error))) from error
+
+
+def _unreachable(uri: str, reason: str) -> StoreError:
+    return StoreError(
+        f"the registry {shown(uri)} does not answer: {reason}. Start its server, check the "
+        "network, or mend register.tracking_uri of params.yaml (MLFLOW_TRACKING_URI wins over it)."
+    )

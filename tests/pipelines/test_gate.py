@@ -1,0 +1,65 @@
+import pytest
+
+from pipelines.gate import decide
+
+NEW = {"metric": "accuracy", "test_score": "0.9", "test_digest": "sha256:a"}
+
+
+def gate(champion_scores=None, *, champion=1, margin=0.0, scores=NEW):
+    known = champion_scores or {}
+    return decide(version=2, scores=scores, champion=champion, champion_scores=known, margin=margin)
+
+
+def test_first_version_becomes_champion():
+    decision = gate(champion=None)
+    assert decision.promoted
+    assert decision.champion_version is None
+
+
+@pytest.mark.parametrize(
+    ("score", "margin", "promoted"),
+    [
+        ("0.8", 0.0, True),
+        ("0.9", 0.0, False),
+        ("0.95", 0.0, False),
+        ("0.85", 0.1, False),
+        ("0.7", 0.1, True),
+    ],
+)
+def test_champion_must_be_beaten_by_more_than_the_margin(score, margin, promoted):
+    decision = gate(NEW | {"test_score": score}, margin=margin)
+    assert decision.promoted is promoted
+    assert decision.champion_version == 1
+    assert decision.champion_score == float(score)
+    assert "champion version 1" in decision.reason
+
+
+def test_other_test_split_is_not_comparable_and_says_what_to_do():
+    decision = gate(NEW | {"test_score": "0.1", "test_digest": "sha256:b"})
+    assert not decision.promoted
+    assert "not comparable" in decision.reason
+    assert "alias 'champion'" in decision.reason
+
+
+def test_other_metric_is_not_comparable():
+    decision = gate(NEW | {"test_score": "0.1", "metric": "span_f1"})
+    assert not decision.promoted
+    assert "span_f1" in decision.reason
+
+
+@pytest.mark.parametrize("tags", [{}, {"test_score": "good"}, {"test_score": "nan"}])
+def test_champion_without_a_score_stays(tags):
+    decision = gate(tags)
+    assert not decision.promoted
+    assert "no test score" in decision.reason
+    assert decision.champion_score is None
+
+
+def test_score_that_is_no_number_is_never_promoted():
+    assert not gate(champion=None, scores=NEW | {"test_score": "nan"}).promoted
+
+
+def test_champion_registered_again_stays():
+    decision = gate(NEW, champion=2)
+    assert not decision.promoted
+    assert "already" in decision.reason
