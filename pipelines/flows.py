@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from pipelines import dag
 from pipelines.dvc_output import Stream
@@ -113,6 +113,7 @@ class _Session:
     outcomes: dict[str, StageOutcome] = field(default_factory=dict)
     flow_run_id: str | None = None
     flow_run_name: str | None = None
+    interrupted: bool = False
 
     def ordered(self) -> tuple[StageOutcome, ...]:
         """Return the outcomes in the order of the graph."""
@@ -147,6 +148,7 @@ def run(
     Raises:
         PipelineError: If the graph cannot be read or Prefect cannot be reached. A stage that fails
             raises nothing; the summary says so.
+        KeyboardInterrupt: After SIGINT or SIGTERM, once the stages are ended and their outs back.
     """
     session = _open_session(root.resolve(), tasks, on_event)
     if PREFECT_API_URL.value() is None and not session.stale:
@@ -159,6 +161,8 @@ def run(
             ptv2_run(str(root), list(tasks), concurrency, retries, return_state=True)
     finally:
         _session.reset(token)
+    if session.interrupted:
+        raise KeyboardInterrupt
     return RunSummary(
         flow_run_id=session.flow_run_id, name=session.flow_run_name, stages=session.ordered()
     )
@@ -180,9 +184,10 @@ def ptv2_run(
     session.flow_run_id, session.flow_run_name = flow_run.id, flow_run.name
     try:
         _schedule(session, concurrency, retries)
-    finally:
-        # Whatever ends the flow, an interrupt included, ends the stages that are running.
-        session.stop.set()
+    except KeyboardInterrupt:
+        # Prefect would leave the flow run as running for ever.
+        session.interrupted = True
+        return Cancelled(message="interrupted; the stages that were running are ended")
     outcomes = session.ordered()
     create_markdown_artifact(
         key=ARTIFACT_KEY, markdown=_markdown(session), description="Results and stages of a run"
@@ -213,20 +218,39 @@ def _schedule(session: _Session, concurrency: int, retries: int) -> None:
     waiting = dict(session.graph.nodes)
     running: set[str] = set()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
-    while waiting or running:
-        for address, node in list(waiting.items()):
-            is_ready = all(above in futures and above not in running for above in node.upstream)
-            if is_ready and len(running) < concurrency:
-                del waiting[address]
+    try:
+        while waiting or running:
+            for address in _ready(waiting, futures, running, concurrency):
+                node = waiting.pop(address)
+                upstream = [futures[above] for above in node.upstream]
+                futures[address] = _submit(session, node, environment, retries, upstream)
                 running.add(address)
-                futures[address] = _submit(
-                    session, node, environment, retries, [futures[above] for above in node.upstream]
-                )
                 futures[address].add_done_callback(partial(_announce, ended, address))
-        address = ended.get()
-        running.remove(address)
-        if address not in session.outcomes:
-            _finish(session, _unrun(session, address, futures[address].state))
+            address = ended.get()
+            running.remove(address)
+            if address not in session.outcomes:
+                _finish(session, _unrun(session, address, futures[address].state))
+    finally:
+        # Whatever ends the flow, an interrupt included, ends the stages that are running, and gives
+        # them the time to put their outs back.
+        session.stop.set()
+        while running:
+            running.remove(ended.get())
+
+
+def _ready(
+    waiting: Mapping[str, dag.StageNode],
+    submitted: Collection[str],
+    running: Collection[str],
+    concurrency: int,
+) -> list[str]:
+    """Return the stages to start now: their upstream has ended, and there is room for them."""
+    ready = [
+        address
+        for address, node in waiting.items()
+        if all(above in submitted and above not in running for above in node.upstream)
+    ]
+    return ready[: concurrency - len(running)]
 
 
 def _announce(ended: "queue.SimpleQueue[str]", address: str, future: PrefectFuture[Any]) -> None:

@@ -4,7 +4,10 @@ Nothing here or in `mlflow_runs` uses MLflow's global state (active run, trackin
 told where to look.
 """
 
+import fcntl
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -41,6 +44,7 @@ from ptv2_serving.tracking import (
     quiet_mlflow,
     resolve_uri,
     shown,
+    sqlite_path,
 )
 
 if TYPE_CHECKING:
@@ -300,7 +304,31 @@ def _answering_uri(tracking_uri: str, root: Path) -> str:
 def _client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
+    path = sqlite_path(uri) if uri.startswith("sqlite") else None
+    if path is not None and not path.exists():
+        _create_database(path)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create_database(path: Path) -> None:
+    """Create MLflow's tables in a new file, and put it in place whole.
+
+    Tasks register side by side, and MLflow does not keep two processes from creating the same
+    tables; nor can it go on with half of them. The lock is on the folder and leaves no file.
+    """
+    from mlflow import MlflowClient
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            new = Path(scratch) / path.name
+            MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+            new.rename(path)
+    finally:
+        os.close(folder)
 
 
 def _experiment(client: "MlflowClient", name: str, uri: str, root: Path) -> str:
@@ -338,10 +366,11 @@ def _mlflow_exception() -> type[Any]:
 def _as_registry_errors(uri: str) -> Iterator[None]:
     """Turn what MLflow and its transports raise into one message for the user."""
     set_environment_defaults(MLFLOW_DEFAULTS)
-    exception = _mlflow_exception()
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         yield
-    except (exception, OSError) as error:
+    except (_mlflow_exception(), SQLAlchemyError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RegistryError(
             f"the registry {shown(uri)} refused or failed: {lines[0]} Nothing is registered twice: "

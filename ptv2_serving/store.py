@@ -5,9 +5,10 @@ loading of MLflow itself; it is neither fetched nor run here.
 """
 
 import importlib.util
+import io
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,9 +189,10 @@ def _download(source: str, folder: Path, uri: str) -> None:
     from mlflow.artifacts import download_artifacts
 
     for name in FILES:
-        download_artifacts(
-            artifact_uri=f"{source}/{PROMPT_PATH}/{name}", dst_path=str(folder), tracking_uri=uri
-        )
+        address = f"{source}/{PROMPT_PATH}/{name}"
+        # MLflow draws a progress bar a file, and only the environment could turn that off.
+        with redirect_stderr(io.StringIO()):
+            download_artifacts(artifact_uri=address, dst_path=str(folder), tracking_uri=uri)
         if not (folder / name).is_file():
             raise ArtifactError(f"{source}/{PROMPT_PATH}: expected a file {name}, got none.")
 

@@ -141,12 +141,18 @@ def _check_sqlite(path: Path, *, must_exist: bool) -> None:
         )
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = {name for (name,) in rows}
     except sqlite3.Error as error:
         raise StoreError(
             f"the registry's database {path} cannot be read as SQLite: {error}. Restore it from a "
             "backup, or move it away to start an empty registry."
         ) from error
+    if tables and "registered_models" not in tables:
+        raise StoreError(
+            f"the database {path} is not a registry of MLflow's: it has no table registered_models. "
+            "Mend register.tracking_uri of params.yaml, or MLFLOW_TRACKING_URI."
+        )
 
 
 def _check_port(uri: str, timeout_s: float) -> None:

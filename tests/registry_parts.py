@@ -22,11 +22,15 @@ EXAMPLES = {
 class Workspace:
     """A folder with an empty registry, in which prompts are made up and registered."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, database: bool = True) -> None:
+        """Start in a folder, with MLflow's database in it if `database`."""
         self.root = root
         self.uri = URI
-        self.backbone = tiny_backbone(root / "backbone")
-        (root / "mlflow.db").write_bytes(_empty_registry())
+        self.backbone = root / "backbone"
+        if not self.backbone.exists():
+            tiny_backbone(self.backbone)
+        if database:
+            (root / "mlflow.db").write_bytes(_empty_registry())
 
     def make(
         self,

@@ -257,7 +257,7 @@ def tiny_artifact(
     seed: int = 0,
     pair: bool = False,
 ) -> Path:
-    """Save an artifact with a random prompt of 4 positions for a tiny backbone; returns `folder`."""
+    """Save an artifact with a random prompt of 4 positions; returns `folder`."""
     backbone = open_backbone(backbone_folder)
     location = locate(str(backbone_folder))
     task = task_of(kind, pair=pair)

@@ -12,8 +12,9 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines import flows
@@ -49,7 +50,9 @@ def _task_runs(flow_run_id: str) -> dict[str, Any]:
     """Return what the server knows of a flow run's task runs; they arrive there as events."""
     only_this = FlowRunFilter.model_validate({"id": {"any_": [UUID(flow_run_id)]}})
     with get_client(sync_client=True) as client:
-        found = client.read_task_runs(flow_run_filter=only_this, task_run_filter=TaskRunFilter())
+        found = client.read_task_runs(
+            flow_run_filter=only_this, sort=TaskRunSort.NAME_ASC, limit=100
+        )
     return {task_run.name: task_run for task_run in found}
 
 
@@ -58,8 +61,8 @@ def _task_runs(flow_run_id: str) -> dict[str, Any]:
 def test_independent_stages_run_side_by_side_and_a_second_run_runs_nothing(
     fresh: Workspace, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fresh.set("a", "fetch", sleep=4)
-    fresh.set("b", "fetch", sleep=4)
+    fresh.set("a", "fetch", sleep=3)
+    fresh.set("b", "fetch", sleep=3)
     events: list[flows.StageEvent] = []
     summary = run(fresh, on_event=events.append)
     assert set(states(summary).values()) == {"ran"}
@@ -138,6 +141,10 @@ def test_sigterm_ends_the_stages_and_puts_their_outs_back(done: Workspace) -> No
 
     with pytest.raises(KeyboardInterrupt):
         run(done, "a", on_event=on_event)
+    with get_client(sync_client=True) as client:
+        (last, *_) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert last.state is not None
+    assert last.state.is_cancelled()
     assert not is_running(done.pids("train@a")[0])
     assert done.out("a", "train") == before
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from ptv2_core.artifact import load_manifest
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
 from tests.registry_parts import EXAMPLES, ROWS, Workspace
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -259,6 +262,31 @@ def assert_registered_once(workspace):
     assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 3
 
 
+@pytest.mark.slow
+def test_tasks_may_create_the_registry_side_by_side(workspace):
+    (workspace.root / "mlflow.db").unlink()
+    script = (
+        "import sys; from pathlib import Path; from tests.registry_parts import Workspace;"
+        "print(Workspace(Path(sys.argv[1]), database=False).register(sys.argv[2]).version)"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(workspace.root), task],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in ("intents", "greetings")
+    ]
+    for process in started:
+        out, errors = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "1\n"), errors
+    assert {path.name for path in workspace.root.iterdir()} == {
+        "backbone", "data", "mlartifacts", "mlflow.db", "prompts", "results",
+    }  # fmt: skip
+
+
 def test_tasks_with_equal_weights_keep_their_own_runs(workspace):
     first = workspace.register()
     second = workspace.register("greetings")
@@ -355,6 +383,15 @@ def test_damaged_database_is_told_and_left_as_it_is(workspace):
     with pytest.raises(RegistryError, match="cannot be read as SQLite: file is not a database"):
         workspace.register()
     assert (workspace.root / "mlflow.db").read_bytes().startswith(b"not a database")
+
+
+def test_database_of_another_program_is_told(workspace):
+    (workspace.root / "mlflow.db").unlink()
+    with contextlib.closing(sqlite3.connect(workspace.root / "mlflow.db")) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.commit()
+    with pytest.raises(RegistryError, match="is not a registry of MLflow's"):
+        workspace.register()
 
 
 def test_deleted_experiment_is_told_with_the_way_back(workspace):

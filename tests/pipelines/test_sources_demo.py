@@ -17,7 +17,7 @@ from ptv2_core.errors import DataError
 GRAMMARS = Path(__file__).parents[2] / "demo"
 NAMES = ("intents", "entailment", "slots")
 DIGESTS = {
-    "intents": "d17eb60f77e1ade0a29df25ad087211d4ee975ca40b9c0a4f914f67ddaba433d",
+    "intents": "4fac8f727b6ffee4d0a3bab7b5857f8f6ce70955b31e06c0c8a754fc0d675b90",
     "entailment": "f19e070d522c3ba39398989aa5b8eb869710d7b724d6a92e1ca174636be5b30d",
     "slots": "4fa14f9992b9bab3bee6a9b2591f19b34ab095e75b00ec42a39cc11f1f8a8c59",
 }

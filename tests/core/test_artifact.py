@@ -1,0 +1,185 @@
+"""The artifact: what is in it, what it weighs, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptv2_core.artifact import FILES, Weights, load_manifest, load_weights
+from ptv2_core.errors import ArtifactError, BackboneError, DataError
+from ptv2_core.evaluation.predict import Predictor
+from tests.tiny import tiny_artifact, tiny_backbone
+
+Folder = Callable[[str], Path]
+
+MANIFEST_KEYS = {
+    "schema_version", "task", "prompt", "head", "backbone", "tokenizer_digest", "encoding",
+    "training", "provenance", "metrics", "sha256", "golden",
+}  # fmt: skip
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, backbone_folder: Folder) -> Path:
+    """Return a saved artifact."""
+    return tiny_artifact(tmp_path / "prompt", backbone_folder("bert"))
+
+
+def change(artifact: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit prompt.json in place."""
+    file = artifact / "prompt.json"
+    values = json.loads(file.read_text())
+    edit(values)
+    file.write_text(json.dumps(values))
+
+
+def test_artifact_is_two_files_with_their_keys_and_tensors(artifact: Path) -> None:
+    assert sorted(file.name for file in artifact.iterdir()) == sorted(FILES)
+    assert set(json.loads((artifact / "prompt.json").read_text())) == MANIFEST_KEYS
+    tensors = load_file(artifact / "prompt.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {"prompt": (3, 2, 4, 4, 8), "head.weight": (3, 32), "head.bias": (3,)}
+
+
+def test_artifact_size_is_its_formula(artifact: Path) -> None:
+    layers, heads, length, size, hidden, classes = 3, 4, 4, 8, 32, 3
+    numbers = 2 * layers * length * heads * size + classes * hidden + classes
+    data = (artifact / "prompt.safetensors").read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert len(data) == 8 + header + 4 * numbers
+
+
+def test_artifact_survives_a_round_trip(artifact: Path) -> None:
+    manifest = load_manifest(artifact)
+    weights = load_weights(artifact, manifest)
+    stored = load_file(artifact / "prompt.safetensors")
+    for name, tensor in weights.named().items():
+        assert torch.equal(tensor, stored[name])
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    again = Weights.of(predictor.model)
+    assert torch.equal(again.prompt, weights.prompt)
+    predictor.verify_golden()
+
+
+def test_artifact_same_inputs_give_the_same_bytes(tmp_path: Path, backbone_folder: Folder) -> None:
+    first, second = (
+        tiny_artifact(tmp_path / name, backbone_folder("bert")) for name in ("one", "two")
+    )
+    for name in FILES:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_artifact_with_changed_weights_is_refused(artifact: Path) -> None:
+    file = artifact / "prompt.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"prompt.safetensors: expected sha256 .*, got "):
+        load_manifest(artifact)
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_artifact_without_a_file_is_refused(artifact: Path, missing: str) -> None:
+    (artifact / missing).unlink()
+    with pytest.raises(ArtifactError, match=f"{missing}: not there"):
+        load_manifest(artifact)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(schema_version=2), "expected schema_version 1, got 2"),
+        (lambda m: m.pop("golden"), "golden must be a list, got NoneType"),
+        (lambda m: m["backbone"].pop("digest"), "backbone lacks digest"),
+        (lambda m: m["task"].update(labels=["one"]), "task.labels"),
+        (lambda m: m["task"].update(name="../up"), "task.name"),
+        (lambda m: m["prompt"].update(length=9), "expected tensors"),
+        (lambda m: m["task"]["labels"].append("more"), "expected tensors"),
+        (lambda m: m["prompt"].update(extra=1), "unknown key"),
+    ],
+)
+def test_artifact_with_a_wrong_manifest_is_refused(
+    artifact: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    change(artifact, edit)
+    with pytest.raises(ArtifactError, match=message):
+        load_manifest(artifact)
+
+
+def test_artifact_with_broken_json_is_refused(artifact: Path) -> None:
+    (artifact / "prompt.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"prompt.json: not valid JSON"):
+        load_manifest(artifact)
+
+
+def test_artifact_in_half_precision_is_refused(artifact: Path) -> None:
+    from ptv2_core.files import sha256_file
+
+    file = artifact / "prompt.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    change(artifact, lambda m: m.update(sha256=sha256_file(file)))
+    with pytest.raises(ArtifactError, match="expected F32 tensors, got F16"):
+        load_manifest(artifact)
+
+
+def test_predictor_refuses_another_backbone(artifact: Path, tmp_path: Path) -> None:
+    other = tiny_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(BackboneError, match=r"expected sha256:.*, got sha256:.* these are other"):
+        Predictor.load(artifact, backbone_name=str(other))
+
+
+def test_predictor_refuses_another_tokenizer(artifact: Path, tmp_path: Path) -> None:
+    other = tiny_backbone(tmp_path / "other")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    with pytest.raises(ArtifactError, match="expected tokenizer sha256:"):
+        Predictor.load(artifact, backbone_name=str(other))
+
+
+def test_predictor_refuses_wrong_golden_logits(artifact: Path) -> None:
+    change(artifact, lambda m: m["golden"][0].update(logits=[9.0, 9.0, 9.0]))
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    with pytest.raises(ArtifactError, match="golden input 1: expected logits"):
+        predictor.verify_golden()
+
+
+def test_predictor_answers_texts_with_probabilities(artifact: Path) -> None:
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    texts = [{"text": "book a flight"}, {"text": "play the next song in the alarm"}]
+    answers = predictor.predict(texts)
+    for given, answer in zip(texts, answers, strict=True):
+        probabilities = answer["probabilities"]
+        assert sum(probabilities.values()) == pytest.approx(1.0)
+        assert answer["label"] == max(probabilities, key=probabilities.get)
+        alone = predictor.predict([given])[0]
+        assert alone["probabilities"] == pytest.approx(probabilities, abs=1e-6)
+
+
+def test_predictor_answers_tokens_with_spans(tmp_path: Path, backbone_folder: Folder) -> None:
+    artifact = tiny_artifact(tmp_path / "prompt", backbone_folder("bert"), kind="tagging")
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    predictor.verify_golden()
+    answer = predictor.predict([{"text": "call anna from oslo"}])[0]
+    assert answer["tokens"] == ["call", "anna", "from", "oslo"]
+    assert len(answer["tags"]) == 4
+    for span in answer["spans"]:
+        assert span["text"] == " ".join(answer["tokens"][span["start"] : span["end"]])
+
+
+def test_predictor_refuses_inputs_without_text(artifact: Path) -> None:
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    with pytest.raises(DataError, match="input 2: expected a `text`"):
+        predictor.predict([{"text": "fine"}, {"text": " "}])
+
+
+def test_predictor_refuses_a_pair_without_its_second_text(
+    tmp_path: Path, backbone_folder: Folder
+) -> None:
+    artifact = tiny_artifact(tmp_path / "prompt", backbone_folder("bert"), pair=True)
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    with pytest.raises(DataError, match="also needs a `text_pair`"):
+        predictor.predict([{"text": "book it"}])
+    assert predictor.predict([{"text": "book it", "text_pair": "not on monday"}])

@@ -1,0 +1,167 @@
+"""Loading backbones: which one it is, what its files say, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptv2_core.errors import BackboneError
+from ptv2_core.files import sha256_file
+from ptv2_core.model.backbones.loading import choose_device, load_backbone, locate
+from tests.tiny import MODELS, open_backbone, tiny_backbone, without_pooler
+
+Folder = Callable[[str], Path]
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def test_backbone_digest_is_that_of_the_weight_file(backbone_folder: Folder) -> None:
+    folder = backbone_folder("bert")
+    backbone = open_backbone(folder)
+    assert backbone.spec.digest == f"sha256:{sha256_file(folder / 'model.safetensors')}"
+    assert (
+        load_backbone(str(folder), digest=backbone.spec.digest).spec.digest == backbone.spec.digest
+    )
+
+
+def test_backbone_in_shards_has_a_digest_of_all_of_them(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = tiny_backbone(tmp_path / "whole")
+    shards = tmp_path / "shards"
+    shutil.copytree(folder, shards)
+    (shards / "model.safetensors").unlink()
+    AutoModel.from_pretrained(folder).save_pretrained(shards, max_shard_size="20KB")
+    assert len(locate(str(shards)).weight_files()) > 1
+    one, other = open_backbone(folder), open_backbone(shards)
+    assert one.spec.digest != other.spec.digest
+    ids = torch.tensor([[2, 7, 3]])
+    assert torch.equal(
+        one.model.embeddings.word_embeddings(ids), other.model.embeddings.word_embeddings(ids)
+    )
+
+
+def test_backbone_with_other_weights_is_refused(backbone_folder: Folder) -> None:
+    wanted = f"sha256:{'0' * 64}"
+    with pytest.raises(BackboneError, match=f"expected {wanted}, got sha256:"):
+        load_backbone(str(backbone_folder("bert")), digest=wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("no/such/folder", None, "is not there; expected one of all-minilm-l6-v2"),
+        ("nothing", None, "is not there"),
+        ("org/model", None, "must be pinned to a commit of 40"),
+        ("org/model", "main", "must be pinned to a commit of 40"),
+        ("org/model", "0" * 40, "could not be had from the hub"),
+    ],
+)
+def test_backbone_that_is_not_there_is_refused(
+    name: str, revision: str | None, message: str
+) -> None:
+    with pytest.raises(BackboneError, match=message):
+        locate(name, revision)
+
+
+def test_backbone_without_safetensors_is_refused(tmp_path: Path) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match=r"has no model.safetensors"):
+        locate(str(folder))
+
+
+def test_backbone_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BackboneError, match="is damaged"):
+        load_backbone(str(folder))
+
+
+def test_backbone_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_backbone(tmp_path / "bert")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {k: v for k, v in tensors.items() if "layer.2.output" not in k}, file, {"format": "pt"}
+    )
+    with pytest.raises(BackboneError, match=r"lack encoder.layer.2.output"):
+        load_backbone(str(folder))
+
+
+def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(BackboneError, match="of type 'gpt2', which takes no deep prompts here"):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+def test_backbone_precision_leaves_outputs_in_fp32(
+    backbone_folder: Folder, model_type: str
+) -> None:
+    from ptv2_core.config import PromptConfig
+    from tests.tiny import tiny_model
+
+    exact = tiny_model(open_backbone(backbone_folder(model_type)), PromptConfig(length=4))
+    backbone = load_backbone(str(backbone_folder(model_type)), precision="bf16", device="cpu")
+    assert backbone.dtype == torch.bfloat16
+    rough = tiny_model(backbone, PromptConfig(length=4))
+    ids, mask = torch.tensor([[2, 7, 8, 3]]), torch.ones(1, 4, dtype=torch.bool)
+    rough(ids, mask).sum().backward()
+    assert rough.bank.slots[0].weight.dtype == torch.float32
+    assert rough.bank.slots[0].weight.grad.dtype == torch.float32
+    with torch.no_grad():
+        wanted, got = exact.encode(ids, mask).hidden, rough.encode(ids, mask).hidden
+    assert got.dtype == torch.float32
+    assert 0 < (wanted - got).abs().max() < 0.2
+
+
+def test_backbone_files_say_what_a_head_reads(tmp_path: Path) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    assert open_backbone(folder).spec.reads == "cls"
+    pooling = folder / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert open_backbone(folder).spec.reads == "mean"
+    (pooling / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert open_backbone(folder).spec.reads == "cls"
+
+
+def test_backbone_pooler_is_read_where_a_sentence_head_trained_it(tmp_path: Path) -> None:
+    from transformers import AutoConfig, BertForPreTraining
+
+    folder = tiny_backbone(tmp_path / "bert")
+    BertForPreTraining(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    backbone = open_backbone(folder)
+    assert backbone.spec.reads == "pooler"
+    assert backbone.spec.has_pooler
+
+
+def test_backbone_without_a_pooler_makes_none_up(tmp_path: Path) -> None:
+    backbone = open_backbone(without_pooler(tiny_backbone(tmp_path / "bert")))
+    assert not backbone.spec.has_pooler
+    assert not any("pooler" in name for name, _ in backbone.named_parameters())
+
+
+def test_backbone_packaged_minilm_is_the_published_one() -> None:
+    backbone = load_backbone("all-minilm-l6-v2", precision="fp32", device="cpu")
+    spec = backbone.spec
+    assert spec.digest == f"sha256:{MINILM_SHA256}"
+    assert (spec.shape.num_layers, spec.shape.num_heads, spec.shape.head_size) == (6, 12, 32)
+    assert spec.num_parameters == 22_713_216
+    assert spec.reads == "mean"
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_backbone_device_that_is_not_here_is_refused() -> None:
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(BackboneError, match=f"'{absent}' is not on this machine; there is: .*cpu"):
+        choose_device(absent)  # type: ignore[arg-type]

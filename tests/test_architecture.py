@@ -1,0 +1,187 @@
+"""The import rules of docs/design.md, read from the code."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("ptv2_core", "pipelines", "ptv2_serving")
+CORE_VENDORS = {"numpy", "torch", "transformers", "safetensors"}
+
+# vendor -> the only modules that may import it
+VENDORS = {
+    "prefect": {"pipelines.flows"},
+    "dvc": {"pipelines.dag"},
+    "optuna": {"pipelines.study"},
+    "yaml": {"pipelines.settings"},
+    "datasets": {"pipelines.sources.hub"},
+    "mlflow": {
+        "pipelines.registry",
+        "pipelines.mlflow_model",
+        "pipelines.mlflow_runs",
+        "ptv2_serving.store",
+        "ptv2_serving.tracking",
+    },
+}
+
+# package of the core -> packages of the core that it may import
+CORE_ARROWS = {
+    "errors": set[str](),
+    "config": {"errors"},
+    "files": {"errors"},
+    "data": {"errors", "config", "files"},
+    "model": {"errors", "config", "files", "data.tasks"},
+    "artifact": {"errors", "config", "files", "data.tasks", "model"},
+    "evaluation": {"errors", "config", "files", "data", "model", "artifact"},
+    "training": {"errors", "config", "files", "data", "model", "evaluation"},
+}
+
+
+def modules(*packages: str) -> dict[str, Path]:
+    """Return the modules of packages by name."""
+    found = {}
+    for package in packages:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = file
+    return found
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield every module that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_architecture_has_modules_to_check() -> None:
+    assert len(modules("ptv2_core")) > 20
+    assert len(modules("pipelines")) > 15
+    assert len(modules("ptv2_serving")) > 1
+
+
+def test_core_imports_only_its_four_vendors() -> None:
+    allowed = CORE_VENDORS | {"ptv2_core"} | set(sys.stdlib_module_names)
+    for name, file in modules("ptv2_core").items():
+        foreign = {found.split(".")[0] for found in imports(file)} - allowed
+        assert not foreign, f"{name} imports {foreign}"
+
+
+def test_core_arrows_go_down() -> None:
+    seen = set()
+    for name, file in modules("ptv2_core").items():
+        parts = name.split(".")
+        if len(parts) == 1:
+            continue
+        seen.add(parts[1])
+        allowed = CORE_ARROWS[parts[1]] | {parts[1]}
+        for found in imports(file):
+            if found.startswith("ptv2_core."):
+                target = found.removeprefix("ptv2_core.")
+                is_allowed = any(f"{target}.".startswith(f"{place}.") for place in allowed)
+                assert is_allowed, f"{name} imports {found}"
+    assert seen == set(CORE_ARROWS)
+
+
+def test_core_insides_of_transformers_are_in_one_place() -> None:
+    backbones = "ptv2_core.model.backbones"
+    for name, file in modules("ptv2_core").items():
+        found = {entry for entry in imports(file) if entry.startswith("transformers.")}
+        if name.startswith(backbones) or name == "ptv2_core.model.attention":
+            continue
+        assert found <= {"transformers.PreTrainedTokenizerBase"}, f"{name} imports {found}"
+
+
+@pytest.mark.parametrize("vendor", sorted(VENDORS))
+def test_vendor_is_known_to_its_modules_alone(vendor: str) -> None:
+    users = {
+        name
+        for name, file in modules(*PACKAGES).items()
+        if any(found.split(".")[0] == vendor for found in imports(file))
+    }
+    assert users
+    assert users <= VENDORS[vendor]
+
+
+def test_environment_is_read_in_settings_alone() -> None:
+    readers = {
+        name
+        for name, file in modules(*PACKAGES).items()
+        if {"os.environ", "os.getenv"} & set(_attributes(file))
+    }
+    assert readers == {"pipelines.settings"}
+
+
+def _attributes(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+ADAPTERS = ("dag", "study", "registry")
+
+
+def test_adapters_do_not_import_each_other() -> None:
+    files = modules("pipelines")
+    for adapter in ADAPTERS:
+        others = {f"pipelines.{other}" for other in (*ADAPTERS, "flows") if other != adapter}
+        for found in imports(files[f"pipelines.{adapter}"]):
+            assert not any(f"{found}.".startswith(f"{other}.") for other in others), found
+
+
+def test_serving_knows_nothing_of_the_pipelines() -> None:
+    forbidden = {"pipelines", "prefect", "dvc", "optuna", "datasets"}
+    for name, file in modules("ptv2_serving").items():
+        assert not {found.split(".")[0] for found in imports(file)} & forbidden, name
+
+
+def test_nothing_imports_tests() -> None:
+    for name, file in modules(*PACKAGES).items():
+        assert not any(found.split(".")[0] == "tests" for found in imports(file)), name
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level modules that a fresh interpreter has after running `code`."""
+    script = f"import sys\n{code}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.split())
+
+
+def test_help_loads_neither_torch_nor_prefect() -> None:
+    code = (
+        "import contextlib, io\n"
+        "from pipelines.cli import main\n"
+        "sys.argv = ['ptv2', '--help']\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "assert 'register' in out.getvalue()"
+    )
+    loaded = loaded_by(code)
+    assert "typer" in loaded
+    heavy = {"torch", "prefect", "transformers", "mlflow", "optuna", "dvc", "datasets", "pydantic"}
+    assert not loaded & heavy
+
+
+def test_tasks_and_examples_load_no_torch() -> None:
+    loaded = loaded_by("import ptv2_core.data.tasks, ptv2_core.data.examples")
+    assert "ptv2_core" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"}
+
+
+def test_core_imports_without_the_orchestration() -> None:
+    blocked = ("mlflow", "prefect", "dvc", "optuna", "datasets", "pydantic", "typer", "rich")
+    names = [name for name in modules("ptv2_core") if name]
+    code = "\n".join(
+        [f"sys.modules.update(dict.fromkeys({blocked!r}))", *(f"import {name}" for name in names)]
+    )
+    assert "torch" in loaded_by(code)
