@@ -1,6 +1,7 @@
 """`ptv2`: the command line. Every command imports what it needs when it runs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,9 +41,11 @@ def main() -> None:
     except PTv2Error as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from what is finished", err=True)
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        # Typer turns a KeyboardInterrupt into this, and says nothing
+        if end.code == INTERRUPTED:
+            typer.echo("interrupted; the same command goes on from what is finished", err=True)
+        raise
 
 
 @app.command(rich_help_panel=EVERYDAY)
@@ -263,8 +266,10 @@ def _task(workspace: Path, name: str) -> "tuple[TaskSettings, TaskPaths]":
     from pipelines.paths import TaskPaths
     from pipelines.settings import load_settings
 
-    settings = load_settings(workspace / "params.yaml")
-    return settings.task(name), TaskPaths(root=settings.root, task=name)
+    settings = load_settings(workspace / "params.yaml").task(name)
+    # A stage runs in its workspace, as under DVC: a backbone's folder is relative to that, too.
+    os.chdir(workspace)
+    return settings, TaskPaths(root=Path(), task=name)
 
 
 def _registry_of(workspace: Path) -> str:

@@ -25,9 +25,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
@@ -42,6 +43,7 @@ from pipelines.settings import child_environment
 StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 
 RETRY_DELAYS_S = (2.0, 5.0, 15.0, 30.0)
+DRAIN_TIMEOUT_S = 30.0
 ARTIFACT_KEY = "ptv2-results"
 
 
@@ -376,9 +378,17 @@ def _server(root: Path) -> Iterator[None]:
             advice = "start it, or unset PREFECT_API_URL for a server of this run's own"
             raise PipelineError(f"cannot reach Prefect at {configured}: {problem}; {advice}")
         yield
+        _drain()
         return
     with temporary_server(root) as url, temporary_settings({PREFECT_API_URL: url}):
         yield
+        _drain()
+
+
+def _drain() -> None:
+    """Hand over what Prefect still holds back; the states of task runs are among it, as events."""
+    APILogWorker.drain_all(timeout=DRAIN_TIMEOUT_S)
+    EventsWorker.drain_all(timeout=DRAIN_TIMEOUT_S)
 
 
 @contextmanager

@@ -282,7 +282,9 @@ def _signature(manifest: Manifest) -> "ModelSignature":
 def _example_row(row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     if manifest.task.kind != "tagging":
         return {key: row[key] for key in ("text", "text_pair") if key in row}
-    return {"tokens": " ".join(row["tokens"]) if "tokens" in row else row["text"]}
+    tokens = row.get("tokens") or str(row["text"]).split()
+    is_plain = all(len(token.split()) == 1 for token in tokens)
+    return {"tokens": " ".join(tokens) if is_plain else list(tokens)}
 
 
 def _milliseconds(seconds: float) -> int:

@@ -18,6 +18,9 @@ from ptv2_core.files import sha256_file
 from ptv2_serving.tracking import MANIFEST_TAG, SHA256_TAG
 
 SPLITS = ("train", "dev", "test")
+CURVES = ("train_loss", "dev_loss", "dev_score", "learning_rate")
+"""The columns of train/history.csv that are worth a plot."""
+
 GENERATED = "*Written by `ptv2`, and again with every version. Delete this line to keep your own.*"
 """The last line of a model's description; where a person removed it, the text is theirs."""
 
@@ -113,16 +116,13 @@ def run_params(results: Results) -> dict[str, str]:
 
 def epoch_metrics(results: Results) -> list[tuple[str, float, int, float]]:
     """Return `(name, value, epoch, seconds since the start)` of every number of the history."""
-    total = results.ended_at - results.started_at
     points = []
-    for index, row in enumerate(results.history, start=1):
-        epoch = int(row.get("epoch", index))
-        elapsed = total * index / len(results.history)
+    for row in results.history:
+        elapsed = row.get("seconds", 0.0)
         for key, value in row.items():
-            if key != "epoch" and math.isfinite(value):
+            if key in CURVES and math.isfinite(value):
                 name = f"dev_{results.evaluate['metric']}" if key == "dev_score" else key
-                name = "epoch_seconds" if key == "seconds" else name
-                points.append((metric_name(name), value, epoch, elapsed))
+                points.append((metric_name(name), value, int(row["epoch"]), elapsed))
     return points
 
 
@@ -236,7 +236,7 @@ def run_description(results: Results) -> str:
         f"prompt of {manifest.prompt.length} positions in every layer of {_backbone(manifest)}",
         f"learning rate {_number(manifest.training.get('learning_rate'))}, best after epoch "
         f"{train.get('best_epoch')} of {train.get('epochs')}",
-        f"trained {_trained(train)}",
+        f"trained: {_trained(train)}",
         f"{manifest.size_bytes / 1024:,.1f} KiB, both files",
     ]
     return "\n".join(
@@ -296,7 +296,7 @@ def _trained(train: Mapping[str, Any]) -> str:
     parameters = train.get("trainable_parameters")
     if share is None or parameters is None:
         return "not recorded"
-    return f"{parameters:,} parameters, {share:.2%} of the backbone's"
+    return f"{parameters:,} parameters, head included; the prompt is {share:.2%} of the backbone's"
 
 
 def _score(value: float | None) -> str:

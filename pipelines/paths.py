@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.errors import PipelineError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPaths:
@@ -60,3 +62,13 @@ class TaskPaths:
     def study(self) -> Path:
         """The search's database, kept between runs."""
         return self.root / ".ptv2" / "studies" / f"{self.task}.db"
+
+    def require(self, file: Path, stage: str) -> Path:
+        """Return a file that an earlier stage writes.
+
+        Raises:
+            PipelineError: It is not there; says what to run.
+        """
+        if not file.is_file():
+            raise PipelineError(f"{file}: not there; run `ptv2 {stage} --task {self.task}` first")
+        return file

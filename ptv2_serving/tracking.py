@@ -150,8 +150,8 @@ def _check_sqlite(path: Path, *, must_exist: bool) -> None:
         ) from error
     if tables and "registered_models" not in tables:
         raise StoreError(
-            f"the database {path} is not a registry of MLflow's: it has no table registered_models. "
-            "Mend register.tracking_uri of params.yaml, or MLFLOW_TRACKING_URI."
+            f"the database {path} is not a registry of MLflow's: it has no table "
+            "registered_models. Mend register.tracking_uri of params.yaml, or MLFLOW_TRACKING_URI."
         )
 
 

@@ -22,15 +22,11 @@ EXAMPLES = {
 class Workspace:
     """A folder with an empty registry, in which prompts are made up and registered."""
 
-    def __init__(self, root: Path, *, database: bool = True) -> None:
-        """Start in a folder, with MLflow's database in it if `database`."""
+    def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = URI
-        self.backbone = root / "backbone"
-        if not self.backbone.exists():
-            tiny_backbone(self.backbone)
-        if database:
-            (root / "mlflow.db").write_bytes(_empty_registry())
+        self.backbone = tiny_backbone(root / "backbone")
+        (root / "mlflow.db").write_bytes(_empty_registry())
 
     def make(
         self,
@@ -57,8 +53,8 @@ class Workspace:
             peak_memory_bytes=1000, trainable_parameters=500, trainable_share=0.01,
         )  # fmt: skip
         (results / "train" / "history.csv").write_text(
-            "epoch,train_loss,dev_loss,dev_score,learning_rate,seconds\n"
-            "1,1.5,1.6,0.5,0.005,10.0\n2,1.0,1.2,0.8,0.0025,10.0\n3,0.9,,0.7,0.0,10.0\n"
+            "epoch,train_loss,dev_loss,dev_score,learning_rate,is_best,seconds\n"
+            "1,1.5,1.6,0.5,0.005,1,10.0\n2,1.0,1.2,0.8,0.0025,1,20.0\n3,0.9,,0.7,0.0,0,30.0\n"
         )
         _write_json(
             results / "evaluate" / "metrics.json",

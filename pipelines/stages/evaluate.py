@@ -14,7 +14,7 @@ from pipelines.stages import Progress, silent
 from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.training import backbone_for
 from pipelines.tables import csv_text
-from ptv2_core.artifact import Manifest, load_manifest, load_weights, restore_model
+from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weights, restore_model
 from ptv2_core.data.batching import Batch
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.errors import ArtifactError
@@ -57,9 +57,11 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
     """Score `prompts/TASK` and write `results/TASK/evaluate`.
 
     Raises:
+        PipelineError: Train has not run.
         ArtifactError: The prompt is damaged, or made for other data or another backbone.
     """
     prepared = Prepared.load(paths.prepared)
+    paths.require(paths.prompt / MANIFEST_FILE, "train")
     manifest = load_manifest(paths.prompt)
     _check_match(manifest, prepared, paths.prompt)
     backbone = backbone_for(settings, prepared)

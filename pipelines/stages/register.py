@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import Any
 
 from pipelines import dag, registry
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings, read_environment
-from pipelines.stages.prepare import read_examples
-from ptv2_core.artifact import load_manifest
+from pipelines.stages.prepare import TASK_FILE, read_examples
+from ptv2_core.artifact import MANIFEST_FILE, load_manifest
 from ptv2_core.files import write_json_atomic
 
 EXAMPLES = 3
@@ -23,6 +22,13 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
         PipelineError: A result of an earlier stage is absent.
         ArtifactError: The prompt is damaged.
     """
+    for file, stage in (
+        (paths.prepared / TASK_FILE, "prepare"),
+        (paths.prompt / MANIFEST_FILE, "train"),
+        (paths.train / "metrics.json", "train"),
+        (paths.evaluate / "metrics.json", "evaluate"),
+    ):
+        paths.require(file, stage)
     environment = read_environment()
     commit = dag.git_commit(paths.root)
     registered = registry.register(
@@ -45,7 +51,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
         ),
         input_example=_examples(paths),
     )
-    write_json_atomic(paths.registered, asdict(registered))
+    write_json_atomic(paths.registered, registered.to_mapping())
     return registered
 
 

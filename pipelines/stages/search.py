@@ -138,4 +138,5 @@ def _check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared)
     """Refuse a space whose longest prompt does not fit, before the first trial."""
     limits = settings.search.space.prompt_length
     longest = limits[1] if limits else settings.train.prompt.length
-    check_positions(backbone, longest, list(prepared.splits.values()))
+    setting = "search.space.prompt_length" if limits else "train.prompt.length"
+    check_positions(backbone, longest, list(prepared.splits.values()), setting=setting)

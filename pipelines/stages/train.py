@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dag import git_commit
-from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
@@ -65,10 +64,12 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
 
     Raises:
         ConfigError: The prompt is longer than the backbone's positions allow.
+        PipelineError: Search has not run.
         TrainingError: The loss was not finite.
     """
     prepared = Prepared.load(paths.prepared)
-    best = _read_best(paths.search / BEST_FILE)
+    best_file = paths.require(paths.search / BEST_FILE, "search")
+    best: dict[str, Any] = json.loads(best_file.read_text(encoding="utf-8"))
     config = overlay(settings.train, best.get("train", {}))
     backbone = backbone_for(settings, prepared)
     model, reports = start_training(backbone, prepared, config)
@@ -83,7 +84,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
                     "dev_loss": report.evaluation.loss,
                     "dev_score": report.evaluation.score,
                     "learning_rate": report.learning_rate,
-                    "is_best": report.is_best,
+                    "is_best": int(report.is_best),
                     "seconds": time.monotonic() - started,
                 }
             )
@@ -174,10 +175,3 @@ def peak_memory_bytes() -> int:
     """Return the largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _read_best(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise PipelineError(f"{file}: not there; run `ptv2 search --task {file.parts[-3]}` first")
-    best: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return best

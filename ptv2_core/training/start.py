@@ -41,8 +41,20 @@ def reading_of(task: TaskSpec, head: HeadConfig, backbone: Backbone) -> Reading:
     return reading_for(task.kind, resolved)
 
 
-def check_positions(backbone: Backbone, prompt_length: int, splits: Sequence[EncodedSplit]) -> None:
+def check_positions(
+    backbone: Backbone,
+    prompt_length: int,
+    splits: Sequence[EncodedSplit],
+    *,
+    setting: str = "train.prompt.length",
+) -> None:
     """Refuse a prompt that leaves too few positions for the longest row.
+
+    Args:
+        backbone: Has the positions.
+        prompt_length: P.
+        splits: All rows that the prompt will meet.
+        setting: Where the length was set, for the message.
 
     Raises:
         ConfigError: Prompt and longest row together pass the backbone's positions.
@@ -51,7 +63,7 @@ def check_positions(backbone: Backbone, prompt_length: int, splits: Sequence[Enc
     limit = backbone.position_limit
     if prompt_length + longest > limit:
         raise ConfigError(
-            f"train.prompt.length: {prompt_length} prompt positions and {longest} tokens of the "
+            f"{setting}: {prompt_length} prompt positions and {longest} tokens of the "
             f"longest row need {prompt_length + longest} positions, but {backbone.spec.name} has "
             f"{limit}; expected a length of at most {limit - longest}, or lower prepare.max_length"
         )

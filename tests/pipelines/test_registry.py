@@ -10,19 +10,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import ptv2_core
+from pipelines import registry
 from pipelines.errors import PipelineError, RegistryError
 from pipelines.registry import register
 from ptv2_core.artifact import load_manifest
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
 from tests.registry_parts import EXAMPLES, ROWS, Workspace
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -262,29 +262,32 @@ def assert_registered_once(workspace):
     assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 3
 
 
-@pytest.mark.slow
-def test_tasks_may_create_the_registry_side_by_side(workspace):
+def test_tasks_that_register_side_by_side_create_the_database_once(tmp_path, monkeypatch):
+    created = []
+
+    class SlowClient:
+        def __init__(self, *, tracking_uri):
+            self.path = Path(tracking_uri.removeprefix("sqlite:///"))
+
+        def search_experiments(self, **_):
+            created.append(self.path)
+            self.path.write_text("half")
+            time.sleep(0.2)
+            self.path.write_text("whole")
+
+    monkeypatch.setattr("mlflow.MlflowClient", SlowClient)
+    path = tmp_path / "mlflow.db"
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(registry._create_database, [path] * 4))
+    assert len(created) == 1
+    assert created[0] != path
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_first_register_creates_the_database(workspace):
     (workspace.root / "mlflow.db").unlink()
-    script = (
-        "import sys; from pathlib import Path; from tests.registry_parts import Workspace;"
-        "print(Workspace(Path(sys.argv[1]), database=False).register(sys.argv[2]).version)"
-    )
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(workspace.root), task],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for task in ("intents", "greetings")
-    ]
-    for process in started:
-        out, errors = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, "1\n"), errors
-    assert {path.name for path in workspace.root.iterdir()} == {
-        "backbone", "data", "mlartifacts", "mlflow.db", "prompts", "results",
-    }  # fmt: skip
+    assert workspace.register().version == 1
 
 
 def test_tasks_with_equal_weights_keep_their_own_runs(workspace):

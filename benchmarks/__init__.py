@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its ratios against named peers, measured in the same run."""
