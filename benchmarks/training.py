@@ -83,7 +83,8 @@ def table(results: list[Result]) -> Table:
     """Return the results with ratios against the first."""
     title = (
         f"{STEPS} training steps of 32 rows, P = 16, MiniLM; {torch.get_num_threads()} thread(s), "
-        f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.machine()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, "
         f"peft {peft.__version__}; median (lowest to highest) of {ROUNDS} rounds"
     )
     drawn = Table(title=title)
@@ -163,4 +164,3 @@ def _peft(task: TaskSpec, split: EncodedSplit, config: TrainConfig, *, padded: b
         optimizer.step()
 
     return step
-

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pipelines.paths import TaskPaths
     from pipelines.settings import TaskSettings
 
-USER_ERROR = 2
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -40,12 +39,21 @@ def main() -> None:
         app()
     except PTv2Error as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(USER_ERROR)
+        sys.exit(_exit_code(error))
     except SystemExit as end:
         # Typer turns a KeyboardInterrupt into this, and says nothing
         if end.code == INTERRUPTED:
             typer.echo("interrupted; the same command goes on from what is finished", err=True)
         raise
+
+
+def _exit_code(error: PTv2Error) -> int:
+    """Return 2, or what tells a run under Prefect that trying again may help."""
+    from pipelines.errors import EXIT_TEMPORARY, EXIT_USER_ERROR, TemporaryError
+    from pipelines.settings import read_environment
+
+    is_retried = isinstance(error, TemporaryError) and read_environment().flow_run_id
+    return EXIT_TEMPORARY if is_retried else EXIT_USER_ERROR
 
 
 @app.command(rich_help_panel=EVERYDAY)
@@ -151,8 +159,9 @@ def register(task: Task, workspace: Workspace = Path()) -> None:
     from pipelines.stages import register as stage
 
     done = stage.run(settings, paths)
-    state = "is" if done.created else "was already"
-    _say(f"registered {task}: {state} version {done.version} ({', '.join(done.aliases)})")
+    aliases = f" ({', '.join(done.aliases)})" if done.aliases else ""
+    again = "" if done.created else ", as before"
+    _say(f"registered {task}: version {done.version}{aliases}{again}")
     _say(f"  {done.gate.reason}")
 
 

@@ -4,7 +4,8 @@ from ptv2_core.errors import DataError, PTv2Error
 
 EXIT_USER_ERROR = 2
 EXIT_TEMPORARY = 75
-"""What a stage exits with after a TemporaryError (EX_TEMPFAIL); only then is it tried again."""
+"""What a stage of a run exits with after a TemporaryError (EX_TEMPFAIL); only then is it tried
+again. A person who runs the stage by hand sees EXIT_USER_ERROR."""
 
 
 class PipelineError(PTv2Error):
@@ -17,6 +18,10 @@ class RegistryError(PTv2Error):
 
 class TemporaryError(PTv2Error):
     """Something that may pass by itself: a lock that is held, a server that cannot be reached."""
+
+
+class RegistryUnreachableError(RegistryError, TemporaryError):
+    """A model registry that does not answer."""
 
 
 class SourceUnreachableError(DataError, TemporaryError):

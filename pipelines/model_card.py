@@ -262,8 +262,8 @@ def version_description(results: Results, version: int) -> str:
         [
             run_description(results),
             "",
-            f"Get the two files, checked against their digests (`{task}@champion` is the best so "
-            "far):",
+            f"Get the two files, checked against their digests (`{task}@champion` is the one in "
+            "use):",
             "",
             "```sh",
             f"ptv2 pull {task}:{version} --to {task}-prompt",

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import RegistryError
+from pipelines.errors import RegistryError, RegistryUnreachableError
 from pipelines.gate import CHALLENGER, CHAMPION, Gate, decide
 from pipelines.mlflow_runs import (
     final_points,
@@ -40,6 +40,7 @@ from ptv2_core.artifact import Manifest
 from ptv2_serving.tracking import (
     SHA256_TAG,
     StoreError,
+    StoreUnreachableError,
     check_answers,
     quiet_mlflow,
     resolve_uri,
@@ -296,6 +297,8 @@ def _answering_uri(tracking_uri: str, root: Path) -> str:
     try:
         uri = resolve_uri(tracking_uri, root=root)
         check_answers(uri)
+    except StoreUnreachableError as error:
+        raise RegistryUnreachableError(str(error)) from error
     except StoreError as error:
         raise RegistryError(str(error)) from error
     return uri

@@ -5,6 +5,7 @@ checks that need two keys at once. The `train` section is not here: its shape is
 `ptv2_core.config.TrainConfig`.
 """
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -185,6 +186,11 @@ class SearchSpace(Section):
         default=None, description="null or [lowest, highest], numbers from 0 to below 1"
     )
 
+    def contains(self, settings: Mapping[str, Any]) -> bool:
+        """Tell whether all settings lie in the ranges of their names."""
+        dimensions = self.model_dump(exclude_none=True)
+        return all(_inside(value, dimensions.get(key)) for key, value in settings.items())
+
     def conflicts(self) -> Conflicts:
         """Refuse ranges that are upside down."""
         found = []
@@ -220,7 +226,7 @@ class SearchSettings(Section):
     grace_epochs: int = Field(default=2, ge=0, description="a whole number of epochs >= 0")
     pruner: Literal["median", "none"] = Field(default="median", description="median or none")
     space: SearchSpace = Field(
-        default=SearchSpace(prompt_length=(8, 64), learning_rate=(1e-3, 3e-2)),
+        default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2)),
         description="a mapping of settings to their ranges",
     )
     first: Annotated[tuple[FirstTrial, ...], BeforeValidator(_tuple)] = Field(

@@ -80,19 +80,29 @@ class Outcome:
 class Study:
     """A search of one task."""
 
-    def __init__(self, *, database: Path, name: str, search: SearchSettings) -> None:
+    def __init__(
+        self,
+        *,
+        database: Path,
+        name: str,
+        search: SearchSettings,
+        baseline: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open or make the study.
 
         Args:
             database: SQLite file; one search at a time writes it.
             name: Changes with everything a trial depends on, so that studies never mix.
             search: Space, number of trials, pruner and seed.
+            baseline: The settings of `train`, by the names of the space; tried before all else if
+                they lie in the space, so that a search never ends below them.
         """
         # Optuna announces every trial on its own logger; the stage draws progress instead
         optuna.logging.set_verbosity(logging.WARNING)
         database.parent.mkdir(parents=True, exist_ok=True)
         self.name = name
         self._search = search
+        self._baseline = baseline
         self._lock = database.with_suffix(".lock")
         self._study = optuna.create_study(
             study_name=name,
@@ -187,6 +197,8 @@ class Study:
         )
 
     def _enqueue_first(self) -> None:
+        if self._baseline and self._search.space.contains(self._baseline):
+            self._study.enqueue_trial(dict(self._baseline), skip_if_exists=True)
         for first in self._search.first:
             params = first.model_dump(exclude_none=True)
             self._study.enqueue_trial(params, skip_if_exists=True)
@@ -194,7 +206,9 @@ class Study:
     def _retry_interrupted(self) -> None:
         """Give up trials whose process died, and queue their settings again."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._study.enqueue_trial(trial.params)
+            # one that died before it drew anything still has what it was queued with
+            queued = trial.system_attrs.get("fixed_params", {})
+            self._study.enqueue_trial({**queued, **trial.params})
             self._study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self._study.tell(trial.number, state=TrialState.FAIL)
 

@@ -117,7 +117,7 @@ class TrainConfig:
 
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    learning_rate: float = number(5e-3, low=0.0, low_open=True, high=1.0)
+    learning_rate: float = number(1e-2, low=0.0, low_open=True, high=1.0)
     head_learning_rate: float | None = field(
         default=None, metadata={"range": Range(low=0.0, low_open=True, high=1.0)}
     )

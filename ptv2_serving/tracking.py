@@ -36,6 +36,10 @@ class StoreError(PTv2Error):
     """A registry that cannot be reached or read, or a place that must not be overwritten."""
 
 
+class StoreUnreachableError(StoreError):
+    """A registry that does not answer; it may later."""
+
+
 def resolve_uri(uri: str, *, root: Path) -> str:
     """Return `uri` with a relative SQLite path made absolute under `root`.
 
@@ -180,8 +184,8 @@ def _check_health(uri: str, timeout_s: float) -> None:
         raise _unreachable(uri, str(getattr(error, "reason", error))) from error
 
 
-def _unreachable(uri: str, reason: str) -> StoreError:
-    return StoreError(
+def _unreachable(uri: str, reason: str) -> StoreUnreachableError:
+    return StoreUnreachableError(
         f"the registry {shown(uri)} does not answer: {reason}. Start its server, check the "
         "network, or mend register.tracking_uri of params.yaml (MLFLOW_TRACKING_URI wins over it)."
     )

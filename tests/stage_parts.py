@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ptv2_core.data.examples import TextExample, TokensExample
+from ptv2_core.data.examples import TextExample
 from tests.tiny import examples_of, tiny_backbone
 
 TASKS = ("intents", "pairs", "slots")
@@ -55,7 +55,7 @@ PARAMS: dict[str, Any] = {
             "prepare": {"kind": "tagging", "tokens": "tokens", "tags": "tags"},
             "search": {"n_trials": 0},
             # enough to tag a name by itself
-            "train": {"learning_rate": 3e-2, "epochs": 40, "patience": 40},
+            "train": {"learning_rate": 3e-2, "epochs": 20, "patience": 20},
         },
     },
 }
@@ -71,7 +71,7 @@ def make_workspace(root: Path) -> Path:
         write_jsonl(root / "mine" / "intents" / f"{split}.jsonl", intent_rows(rows, seed=seed))
     _write_pairs(root / "mine" / "pairs" / "train.csv", rows=40)
     for seed, split in enumerate(("train", "valid", "test")):
-        _write_columns(root / "mine" / "slots" / f"{split}.conll", rows=60, seed=seed)
+        _write_columns(root / "mine" / "slots" / f"{split}.conll", rows=40, seed=seed)
     return root
 
 
@@ -98,11 +98,12 @@ def _write_pairs(path: Path, *, rows: int) -> None:
 
 
 def _write_columns(path: Path, *, rows: int, seed: int) -> None:
+    chooser = random.Random(seed)
     sentences = []
-    for example in examples_of("tagging", rows, seed=seed):
-        assert isinstance(example, TokensExample)
-        pairs = zip(example.tokens, example.tags or (), strict=True)
-        sentences.append("".join(f"{token} {tag}\n" for token, tag in pairs))
+    for _ in range(rows):
+        verb, person = chooser.choice(("call", "find", "tell")), chooser.choice(("anna", "bob"))
+        city = chooser.choice(("rome", "paris", "oslo"))
+        sentences.append(f"please O\n{verb} O\n{person} B-person\nin O\n{city} B-city\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(sentences), encoding="utf-8")
 

@@ -8,7 +8,7 @@ value may stand in two splits, so a score on test is a score on sentences never 
 keeps its value within a row, two names never share one. Each kind adds one key:
 
 - `intents`: `labels`. `{want}` is filled from the list of the row's label, `{other}` from
-  that of another label.
+  those of three other labels: "a, b or c".
 - `entailment`: `labels`. A template is a table: premises, and for each label its hypotheses.
 - `slots`: `slots`, the placeholders that are tagged. Templates are cut at spaces.
 
@@ -31,6 +31,9 @@ NAMES_KEY = {"intents": "labels", "entailment": "labels", "slots": "slots"}
 """The kinds, and the key that each one adds."""
 MAX_DRAWS_A_ROW = 50
 """Draws for one new row before the grammar is called too small for its number of rows."""
+
+NUM_OTHERS = 3
+"""Intents that a row names without wanting them: knowing the topics alone is right 1 time in 4."""
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)(?::([a-z_]+))?\}")
 
@@ -120,12 +123,18 @@ def _render(text: str, chosen: dict[str, str]) -> str:
 
 
 def _draw_intents(grammar: Grammar, split: Split, rng: Random) -> Iterator[Record]:
-    """Sentences that name two intents; the template says which of them is wanted."""
+    """Sentences that name several intents; the template says which of them is wanted."""
     templates = {label: _deal(rng, split.templates) for label in grammar.names}
     for label in _deal(rng, grammar.names):
-        other = _pick(rng, [name for name in grammar.names if name != label])
+        left = [name for name in grammar.names if name != label]
+        phrases = []
+        for _ in range(min(NUM_OTHERS, len(left))):
+            other = left.pop(int(rng.random() * len(left)))
+            phrases.append(_pick(rng, split.values[other]))
+        *first, last = phrases
+        others = f"{', '.join(first)} or {last}" if first else last
         template = next(templates[label])
-        values = split.values | {"want": split.values[label], "other": split.values[other]}
+        values = split.values | {"want": split.values[label], "other": [others]}
         yield {"text": _render(template, _choose(rng, values, template)), "label": label}
 
 

@@ -80,6 +80,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         database=paths.study,
         name=study_name(settings, prepared, backbone),
         search=settings.search,
+        baseline=_baseline(settings),
     )
 
     def scores(changes: Mapping[str, Any]) -> Iterator[float]:
@@ -123,6 +124,19 @@ def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -
     }
     text = json.dumps(everything, sort_keys=True)
     return f"{settings.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _baseline(settings: TaskSettings) -> dict[str, Any]:
+    """Return the settings of `train` that the space has a range for."""
+    train = settings.train
+    values = {
+        "prompt_length": train.prompt.length,
+        "learning_rate": train.learning_rate,
+        "reparameterization": train.prompt.reparameterization,
+        "prompt_dropout": train.prompt.dropout,
+    }
+    searched = settings.search.space.model_dump(exclude_none=True)
+    return {name: value for name, value in values.items() if name in searched}
 
 
 def _core_digest() -> str:
