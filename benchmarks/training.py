@@ -26,7 +26,8 @@ from ptv2_core.data.encoding import EncodedSplit, encode_examples
 from ptv2_core.data.examples import Fields, Record, collect_labels, parse_records
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.evaluation.scoring import cross_entropy
-from ptv2_core.model.backbones.loading import load_backbone, load_tokenizer, locate
+from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.training.optim import make_optimizer
 from ptv2_core.training.start import new_model
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from pipelines import cli
 from ptv2_core.data.examples import TextExample
 from tests.tiny import examples_of, tiny_backbone
 
@@ -145,3 +148,13 @@ def tree(root: Path) -> dict[str, str]:
 def files(folder: Path) -> list[str]:
     """Return the names of all files under a folder, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def call(*arguments: str) -> int:
+    """Run the command line in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ptv2", *arguments])
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(ended.value.code or 0)

@@ -23,7 +23,7 @@ from ptv2_core.data.examples import (
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.errors import DataError
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.model.backbones.loading import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import load_tokenizer, locate
 
 TASK_FILE = "task.json"
 

@@ -25,7 +25,8 @@ from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.loading import load_backbone, load_tokenizer, locate
+from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.training.start import resolve_head
 
 GOLDEN_INPUTS = 4

@@ -8,7 +8,8 @@ from pipelines.stages.prepare import Prepared
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import DataError
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.loading import load_backbone, locate
+from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.fit import TrainReport, fit
 from ptv2_core.training.start import check_positions, new_model

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from ptv2_core.data.examples import Example, TextExample, TokensExample
 from ptv2_core.errors import DataError
 from ptv2_core.files import replace_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
@@ -95,7 +97,7 @@ class EncodingReport:
 
 def encode_examples(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     labels: Sequence[str] | None,
     max_length: int,
@@ -143,7 +145,7 @@ class _Row:
 
 
 def _encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, index: dict[str, int], max_length: int
+    example: Example, tokenizer: "PreTrainedTokenizerBase", index: dict[str, int], max_length: int
 ) -> _Row:
     if isinstance(example, TokensExample):
         return _encode_tokens(example, tokenizer, index, max_length)
@@ -151,7 +153,10 @@ def _encode(
 
 
 def _encode_text(
-    example: TextExample, tokenizer: PreTrainedTokenizerBase, index: dict[str, int], max_length: int
+    example: TextExample,
+    tokenizer: "PreTrainedTokenizerBase",
+    index: dict[str, int],
+    max_length: int,
 ) -> _Row:
     encoded = tokenizer(
         example.text,
@@ -174,7 +179,7 @@ def _encode_text(
 
 def _encode_tokens(
     example: TokensExample,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     index: dict[str, int],
     max_length: int,
 ) -> _Row:

@@ -20,7 +20,8 @@ from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError, DataError
 from ptv2_core.evaluation.metrics import spans
 from ptv2_core.evaluation.scoring import EVALUATION_ROWS, decode
-from ptv2_core.model.backbones.loading import load_backbone, load_tokenizer, locate
+from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.model.prompted import PromptedModel
 
 TOKEN_BUDGET = 8192

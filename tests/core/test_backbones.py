@@ -10,7 +10,8 @@ import torch
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
-from ptv2_core.model.backbones.loading import choose_device, load_backbone, locate
+from ptv2_core.model.backbones.loading import choose_device, load_backbone
+from ptv2_core.model.backbones.locating import locate
 from tests.tiny import MODELS, open_backbone, tiny_backbone, without_pooler
 
 Folder = Callable[[str], Path]

