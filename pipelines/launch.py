@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -85,17 +86,20 @@ def _drawing(console: Console) -> Iterator[flows.OnEvent]:
     with bar:
         handle = bar.add_task("", total=None, what="")
         begun: dict[str, float] = {}
+        plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
         def on_event(event: flows.StageEvent) -> None:
             if event.kind == "started":
                 begun[event.address] = time.monotonic()
-            elif event.kind == "line":
+            elif event.kind == "line" and console.is_terminal:
                 bar.update(handle, what=event.text)
+            elif event.kind == "line":
+                console.print(f"          {event.address:24} | {event.text}", **plain)
             else:
                 bar.update(handle, advance=1)
                 if event.text not in QUIET_STATES:
                     seconds = time.monotonic() - begun.get(event.address, time.monotonic())
                     line = f"{event.text:9} {event.address:24} {seconds:6.1f} s"
-                    console.print(line, markup=False, highlight=False)
+                    console.print(line, **plain)
 
         yield on_event

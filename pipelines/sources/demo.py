@@ -8,7 +8,7 @@ value may stand in two splits, so a score on test is a score on sentences never 
 keeps its value within a row, two names never share one. Each kind adds one key:
 
 - `intents`: `labels`. `{want}` is filled from the list of the row's label, `{other}` from
-  those of three other labels: "a, b or c".
+  those of one to three other labels: "a, b or c".
 - `entailment`: `labels`. A template is a table: premises, and for each label its hypotheses.
 - `slots`: `slots`, the placeholders that are tagged. Templates are cut at spaces.
 
@@ -32,8 +32,8 @@ NAMES_KEY = {"intents": "labels", "entailment": "labels", "slots": "slots"}
 MAX_DRAWS_A_ROW = 50
 """Draws for one new row before the grammar is called too small for its number of rows."""
 
-NUM_OTHERS = 3
-"""Intents that a row names without wanting them: knowing the topics alone is right 1 time in 4."""
+MAX_OTHERS = 3
+"""Intents that a row names without wanting them, at most; there is always one."""
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)(?::([a-z_]+))?\}")
 
@@ -128,7 +128,7 @@ def _draw_intents(grammar: Grammar, split: Split, rng: Random) -> Iterator[Recor
     for label in _deal(rng, grammar.names):
         left = [name for name in grammar.names if name != label]
         phrases = []
-        for _ in range(min(NUM_OTHERS, len(left))):
+        for _ in range(min(1 + int(rng.random() * MAX_OTHERS), len(left))):
             other = left.pop(int(rng.random() * len(left)))
             phrases.append(_pick(rng, split.values[other]))
         *first, last = phrases

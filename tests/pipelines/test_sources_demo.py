@@ -17,7 +17,7 @@ from ptv2_core.errors import DataError
 GRAMMARS = Path(__file__).parents[2] / "demo"
 NAMES = ("intents", "entailment", "slots")
 DIGESTS = {
-    "intents": "6b75b755aa784b971c95bed0b2dfe33ed1109fabf187b1bc89126efd9e7c63a6",
+    "intents": "8787628b405d7f8f041128d0f3a322f1d3cc2ae864dc1e8ab07880c2d683c3eb",
     "entailment": "f19e070d522c3ba39398989aa5b8eb869710d7b724d6a92e1ca174636be5b30d",
     "slots": "4fa14f9992b9bab3bee6a9b2591f19b34ab095e75b00ec42a39cc11f1f8a8c59",
 }
