@@ -45,6 +45,7 @@ StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 RETRY_DELAYS_S = (2.0, 5.0, 15.0, 30.0)
 DRAIN_TIMEOUT_S = 30.0
 ARTIFACT_KEY = "ptv2-results"
+TAG = "ptv2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def run(
         return RunSummary(flow_run_id=None, name=None, stages=session.ordered())
     token = _session.set(session)
     try:
-        with _quiet_console(), _terminate_as_interrupt(), _server(session.root):
+        with _quiet_console(), _terminate_as_interrupt(), _server(session.root), prefect.tags(TAG):
             ptv2_run(str(root), list(tasks), concurrency, retries, return_state=True)
     finally:
         _session.reset(token)
@@ -170,7 +171,13 @@ def run(
     )
 
 
-@prefect.flow(name="ptv2-run", persist_result=False)
+def _run_name() -> str:
+    """Name a flow run for its tasks; Prefect would make up two words."""
+    tasks = flow_run.parameters.get("tasks")
+    return f"run of {', '.join(tasks)}" if tasks else "run of all tasks"
+
+
+@prefect.flow(name="ptv2-run", flow_run_name=_run_name, persist_result=False)
 def ptv2_run(
     root: str = ".", tasks: list[str] | None = None, concurrency: int = 2, retries: int = 3
 ) -> State[Any]:

@@ -371,9 +371,12 @@ def _as_registry_errors(uri: str) -> Iterator[None]:
     set_environment_defaults(MLFLOW_DEFAULTS)
     from sqlalchemy.exc import SQLAlchemyError
 
+    # Not looked up in the `except` alone: MLflow must be imported before `quiet_mlflow` is entered,
+    # since its import sets the levels of its loggers.
+    expected = (_mlflow_exception(), SQLAlchemyError, OSError)
     try:
         yield
-    except (_mlflow_exception(), SQLAlchemyError, OSError) as error:
+    except expected as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RegistryError(
             f"the registry {shown(uri)} refused or failed: {lines[0]} Nothing is registered twice: "

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
@@ -15,13 +13,11 @@ from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.training import backbone_for
 from pipelines.tables import csv_text
 from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weights, restore_model
-from ptv2_core.data.batching import Batch
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.metrics import Counts, label_counts, span_counts, total_counts
-from ptv2_core.evaluation.scoring import Evaluation, evaluate, gold_labels
+from ptv2_core.evaluation.scoring import Evaluation, evaluate_model, gold_labels
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.probe import probe
 from ptv2_core.training.start import reading_of
 
@@ -76,8 +72,8 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
     scored = {}
     for place, split in enumerate(("dev", "test")):
         progress(f"scoring {split}", place, 3)
-        scored[split] = evaluate(
-            _logits_of(model), prepared.splits[split], prepared.task, token_budget=budget
+        scored[split] = evaluate_model(
+            model, prepared.splits[split], prepared.task, token_budget=budget
         )
     progress("probing the bare backbone", 2, 3)
     probed = None
@@ -111,15 +107,6 @@ def _check_match(manifest: Manifest, prepared: Prepared, prompt: Path) -> None:
             f"{prompt}: made for {manifest.task.kind} with {len(manifest.task.labels)} labels, but "
             f"the data is {prepared.task.kind} with {len(prepared.task.labels)}; train again"
         )
-
-
-def _logits_of(model: PromptedModel) -> Any:
-    def logits_of(batch: Batch) -> Tensor:
-        moved = batch.to(model.backbone.device)
-        logits: Tensor = model(moved.input_ids, moved.token_mask, moved.token_type_ids)
-        return logits
-
-    return logits_of
 
 
 def _write(paths: TaskPaths, prepared: Prepared, test: Evaluation, result: EvaluateResult) -> None:

@@ -15,6 +15,7 @@ from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.examples import OUTSIDE
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.evaluation.metrics import classification_metrics, tagging_metrics
+from ptv2_core.model.prompted import PromptedModel
 
 EVALUATION_ROWS = 256
 
@@ -81,6 +82,20 @@ def evaluate(
         metrics=metrics,
         predictions=predictions,  # type: ignore[arg-type]
     )
+
+
+def evaluate_model(
+    model: PromptedModel, split: EncodedSplit, task: TaskSpec, *, token_budget: int
+) -> Evaluation:
+    """Score slot 0 of a model on a labelled split; the model is left in evaluation mode."""
+    model.eval()
+
+    def logits_of(batch: Batch) -> Tensor:
+        moved = batch.to(model.backbone.device)
+        logits: Tensor = model(moved.input_ids, moved.token_mask, moved.token_type_ids)
+        return logits
+
+    return evaluate(logits_of, split, task, token_budget=token_budget)
 
 
 def decode(

@@ -13,7 +13,7 @@ from ptv2_core.data.batching import Batch, collate, shuffled_batches
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import TrainingError
-from ptv2_core.evaluation.scoring import Evaluation, cross_entropy, evaluate
+from ptv2_core.evaluation.scoring import Evaluation, cross_entropy, evaluate_model
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 
@@ -94,7 +94,9 @@ def fit(
                 loss, norm = _step(model, optimizer, collate(train, rows), config, step, epoch)
                 losses.append(loss)
                 is_last = place == len(batches)
-                evaluation = _evaluate(model, dev, task, config) if is_last else None
+                evaluation = None
+                if is_last:
+                    evaluation = evaluate_model(model, dev, task, token_budget=config.token_budget)
                 yield TrainReport(
                     step=step,
                     total_steps=total,
@@ -181,16 +183,3 @@ def _step(
 
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _evaluate(
-    model: PromptedModel, dev: EncodedSplit, task: TaskSpec, config: TrainConfig
-) -> Evaluation:
-    model.eval()
-
-    def logits_of(batch: Batch) -> Tensor:
-        moved = batch.to(model.backbone.device)
-        logits: Tensor = model(moved.input_ids, moved.token_mask, moved.token_type_ids)
-        return logits
-
-    return evaluate(logits_of, dev, task, token_budget=config.token_budget)

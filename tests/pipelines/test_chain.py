@@ -249,8 +249,8 @@ def test_chain_on_real_data_ends_with_registered_versions(
     )
     monkeypatch.chdir(root)
     said = run(root, program(), "run")
-    print(said)
     assert "12 stages: 12 ran" in said
+    assert "INFO mlflow" not in said
     assert versions(root) == [("rte", 1), ("snips", 1)]
     kinds = {"rte": "accuracy", "snips": "span_f1"}
     for task, metric in kinds.items():

@@ -225,7 +225,7 @@ def test_cli_registering_again_makes_no_second_version(ptv2: Ptv2, finished: Pat
     before = read_json(finished / "results" / "intents" / "registered.json")
     said = succeeded(ptv2, "register", "--task", "intents")
     assert said == (
-        "registered intents: was already version 1 (challenger, champion)\n"
+        "registered intents: version 1 (challenger, champion), as before\n"
         "  version 1 is the champion already\n"
     )
     after = read_json(finished / "results" / "intents" / "registered.json")

@@ -22,13 +22,16 @@ EPOCHS = 4
 SPACE = {"prompt_length": [2, 64], "learning_rate": [1e-3, 1e-1]}
 
 
-def open_study(folder: Path, *, name: str = "study", **search: Any) -> Study:
+def open_study(
+    folder: Path, *, name: str = "study", baseline: dict[str, Any] | None = None, **search: Any
+) -> Study:
     """Open the study in a folder; nothing is pruned unless a test says so."""
     values = {"n_trials": 5, "epochs": EPOCHS, "pruner": "none", "space": SPACE, **search}
     return Study(
         database=folder / "studies" / "task.db",
         name=name,
         search=SearchSettings.model_validate(values),
+        baseline=baseline,
     )
 
 
@@ -124,6 +127,27 @@ def test_study_tries_the_first_settings_first_and_once(tmp_path: Path, search: S
     assert len(more.asked) == 2
     assert search.asked[0] not in more.asked
     assert {"length": 33} not in [changes["prompt"] for changes in more.asked]
+
+
+def test_study_tries_the_settings_of_train_before_all_else(tmp_path: Path, search: Search) -> None:
+    baseline = {"prompt_length": 16, "learning_rate": 0.01}
+    first = [{"prompt_length": 7, "learning_rate": 0.05}]
+    outcome = search.run(open_study(tmp_path, baseline=baseline, first=first, n_trials=4))
+    lengths = [changes["prompt"]["length"] for changes in search.asked]
+    assert lengths[:2] == [16, 7]
+    assert outcome.best.params == baseline, "the best there is for this curve"
+    more = Search()
+    more.run(open_study(tmp_path, baseline=baseline, first=first, n_trials=5))
+    assert len(more.asked) == 1
+    assert more.asked[0] not in search.asked
+
+
+def test_study_leaves_out_settings_of_train_outside_its_space(
+    tmp_path: Path, search: Search
+) -> None:
+    search.run(open_study(tmp_path, baseline={"prompt_length": 65, "learning_rate": 0.01}))
+    assert len(search.asked) == 5
+    assert max(changes["prompt"]["length"] for changes in search.asked) <= 64
 
 
 def test_study_draws_inside_its_space_and_nests_what_it_drew(
