@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipelines import flows
 from pipelines.errors import PipelineError
@@ -76,7 +76,7 @@ def _drawing(console: Console) -> Iterator[flows.OnEvent]:
     bar = Progress(
         TextColumn("stages"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.completed} done"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[what]}", markup=False),
         console=console,
