@@ -208,7 +208,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
     except FileNotFoundError:
         raise ConfigError(
             f"expected the settings at {path}, found no such file; run in the folder of "
-            "params.yaml, or make one with `ptv2 init`"
+            "params.yaml, or name that folder with --workspace"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

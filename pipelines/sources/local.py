@@ -39,6 +39,11 @@ READERS: Mapping[str, Callable[[Path, str], Outcome]] = {
 }
 
 
+MISSING = (
+    "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files of the task"
+)
+
+
 def read(settings: FetchSettings, root: Path) -> FetchedData:
     """Read the splits of a local file or folder.
 
@@ -71,7 +76,7 @@ def read(settings: FetchSettings, root: Path) -> FetchedData:
 def _read_file(path: Path, shown: str, settings: FetchSettings) -> Outcome:
     """Read one file, whatever its format; a file without records is a problem."""
     if path.stat().st_size == 0:
-        return Outcome([], [f"{shown}: the file is empty"])
+        return Outcome([], [f"{shown}: the file is empty; put records into it, or remove it"])
     kind = _format(shown, settings)
     if kind == "conll":
         columns = ColumnChoice(settings.token_column, settings.tag_column)
@@ -93,7 +98,7 @@ def _find(settings: FetchSettings, root: Path) -> dict[str, str]:
     """Return the file of each split, relative to `root`."""
     path = root / settings.path
     if not path.exists():
-        raise DataError(f"expected a file or folder at {settings.path}, found nothing there")
+        raise DataError(MISSING.format(what="a file or folder", path=settings.path))
     if settings.files is not None:
         return _named(settings, root)
     if path.is_file():
@@ -127,7 +132,7 @@ def _named(settings: FetchSettings, root: Path) -> dict[str, str]:
 
 def _checked(shown: str, root: Path) -> str:
     if not (root / shown).is_file():
-        raise DataError(f"expected a file at {shown}, found nothing there")
+        raise DataError(MISSING.format(what="a file", path=shown))
     return shown
 
 

@@ -331,7 +331,7 @@ def test_cli_predict_tags_words(ptv2: Ptv2, finished: Path) -> None:
     ("content", "message"),
     [
         (None, "found no train split in mine/intents; looked for train.jsonl"),
-        (b"", "mine/intents/train.jsonl: the file is empty"),
+        (b"", "mine/intents/train.jsonl: the file is empty; put records into it, or remove it"),
         (b"\n\n", "mine/intents/train.jsonl: the file holds no records"),
         (
             b'{"text": "a", "label": "b"}\n{"text": "caf\xe9", "label": "b"}\n',
@@ -355,7 +355,10 @@ def test_cli_fetch_refuses(content: bytes | None, message: str, ptv2: Ptv2, fini
 def test_cli_fetch_refuses_a_folder_that_is_not_there(ptv2: Ptv2, finished: Path) -> None:
     shutil.rmtree(finished / INTENTS)
     said = refused(ptv2, "fetch", "--task", "intents")
-    assert said == "expected a file or folder at mine/intents, found nothing there"
+    assert (
+        said
+        == "expected a file or folder at mine/intents, found nothing there; mend fetch.path or fetch.files"
+    )
 
 
 def _with_row(split: str, row: dict[str, Any]) -> Callable[[Path], None]:

@@ -130,7 +130,10 @@ def test_an_absolute_path_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_missing_path_names_itself(tmp_path: Path) -> None:
-    assert refused(tmp_path) == "expected a file or folder at d, found nothing there"
+    assert (
+        refused(tmp_path)
+        == "expected a file or folder at d, found nothing there; mend fetch.path or fetch.files"
+    )
 
 
 def test_no_train_split_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_files_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("train.jsonl", b"", "d/train.jsonl: the file is empty"),
+        ("train.jsonl", b"", "d/train.jsonl: the file is empty; put records into it, or remove it"),
         ("train.jsonl", b"\n\n", "d/train.jsonl: the file holds no records"),
         ("train.csv", b"a,b\n", "d/train.csv: the file holds no records"),
         (
