@@ -37,9 +37,7 @@ READERS: Mapping[str, Callable[[Path, str], Outcome]] = {
     "tsv": read_tsv,
     "parquet": read_parquet,
 }
-
-
-MISSING = (
+MISSING = "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files"
     "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files of the task"
 )
 

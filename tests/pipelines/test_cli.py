@@ -355,10 +355,8 @@ def test_cli_fetch_refuses(content: bytes | None, message: str, ptv2: Ptv2, fini
 def test_cli_fetch_refuses_a_folder_that_is_not_there(ptv2: Ptv2, finished: Path) -> None:
     shutil.rmtree(finished / INTENTS)
     said = refused(ptv2, "fetch", "--task", "intents")
-    assert (
-        said
-        == "expected a file or folder at mine/intents, found nothing there; mend fetch.path or fetch.files"
-    )
+    missing = "expected a file or folder at mine/intents, found nothing there"
+    assert said == f"{missing}; mend fetch.path or fetch.files"
 
 
 def _with_row(split: str, row: dict[str, Any]) -> Callable[[Path], None]:
