@@ -43,7 +43,7 @@ def run(
         )
     states = [outcome.state for outcome in summary.stages]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    name = f" (Prefect run {summary.name})" if summary.name else ""
+    name = f" (Prefect: {summary.name})" if summary.name else ""
     seconds = time.monotonic() - started
     console.print(f"{len(states)} stages: {counts}; {seconds:.0f} s{name}", highlight=False)
     if not summary.failed:

@@ -38,8 +38,6 @@ READERS: Mapping[str, Callable[[Path, str], Outcome]] = {
     "parquet": read_parquet,
 }
 MISSING = "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files"
-    "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files of the task"
-)
 
 
 def read(settings: FetchSettings, root: Path) -> FetchedData:
