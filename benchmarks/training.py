@@ -88,7 +88,7 @@ def table(results: list[Result]) -> Table:
         f"transformers {transformers.__version__}, "
         f"peft {peft.__version__}; median (lowest to highest) of {ROUNDS} rounds"
     )
-    drawn = Table(title=title)
+    drawn = Table(caption=title)
     for header in ("way", "seconds", "ratio"):
         drawn.add_column(header, justify="left" if header == "way" else "right")
     for result in results:

@@ -45,7 +45,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
         provenance=registry.Provenance(
             git_commit=commit["commit"],
             git_dirty=commit["dirty"],
-            data_md5=dag.data_hashes(paths.root, f"prepare@{settings.name}"),
+            data_md5=_data_md5(paths),
             params_hash=params_hash(settings),
             flow_run_id=environment.flow_run_id,
         ),
@@ -59,6 +59,14 @@ def params_hash(settings: TaskSettings) -> str:
     """Return `sha256:...` of every setting that the task's stages read."""
     text = json.dumps(settings.to_mapping(), sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _data_md5(paths: TaskPaths) -> dict[str, str]:
+    """Return DVC's hashes of the `raw` and the `prepared` data, as far as DVC made them."""
+    hashes = dag.data_hashes(paths.root, f"prepare@{paths.task}")
+    folders = {"raw": paths.raw, "prepared": paths.prepared}
+    named = {name: str(folder.relative_to(paths.root)) for name, folder in folders.items()}
+    return {name: hashes[path] for name, path in named.items() if path in hashes}
 
 
 def _examples(paths: TaskPaths) -> list[dict[str, Any]]:
