@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from pipelines import flows
 from pipelines.errors import PipelineError
 from pipelines.settings import Settings, read_environment
+from ptv2_serving.tracking import shown
 
 QUIET_STATES = ("unchanged", "skipped")
 
@@ -59,10 +60,11 @@ def run(
 def where_to_look(settings: Settings) -> str:
     """Return where the results are and how to open the pages."""
     uri = read_environment().mlflow_tracking_uri or settings.register.tracking_uri
+    opened = shown(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {shown(uri)}"
     lines = [
         "files     prompts/TASK, results/TASK (search.html, history.csv, predictions.jsonl, ...)",
         "tables    ptv2 report; dvc metrics show; dvc plots show",
-        f"registry  mlflow ui --backend-store-uri {uri}",
+        f"registry  {opened}",
     ]
     if read_environment().prefect_api_url is None:
         lines.append("runs      PREFECT_HOME=$PWD/.ptv2/prefect prefect server start")

@@ -91,11 +91,19 @@ def read_results(
     metrics_file = train_dir / "metrics.json"
     best_file = search_dir / "best.json"
     train = _read_json(metrics_file, stage="train")
+    evaluate = _read_json(evaluate_dir / "metrics.json", stage="evaluate")
+    manifest = load_manifest(artifact_dir)
+    if evaluate.get("prompt_sha256") != manifest.sha256:
+        raise PipelineError(
+            f"{evaluate_dir / 'metrics.json'}: expected the scores of prompt {manifest.sha256}, "
+            f"got those of {evaluate.get('prompt_sha256')}; run `ptv2 evaluate --task "
+            f"{manifest.task.name}` first"
+        )
     return Results(
-        manifest=load_manifest(artifact_dir),
+        manifest=manifest,
         manifest_sha256=sha256_file(artifact_dir / MANIFEST_FILE),
         train=train,
-        evaluate=_read_json(evaluate_dir / "metrics.json", stage="evaluate"),
+        evaluate=evaluate,
         search=_read_json(best_file, stage="search") if best_file.exists() else {},
         history=_read_history(train_dir / "history.csv"),
         num_rows={split: _count_lines(prepared_dir / f"{split}.jsonl") for split in SPLITS},

@@ -201,7 +201,7 @@ def _set_aliases(
     """Make `version` the challenger, and the champion if it passes the gate."""
     name, number = version.name, int(version.version)
     before = _aliases(client, name)
-    if before.get(CHALLENGER) != number:
+    if number > before.get(CHALLENGER, 0):
         client.set_registered_model_alias(name, CHALLENGER, str(number))
     champion = before.get(CHAMPION)
     champion_tags = (

@@ -27,6 +27,8 @@ PLACES = {
 }
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 INTERRUPTED = "interrupted"
+STARTUP_TRIALS = 3
+"""Drawn by chance before the sampler learns; few, since a short search has no more to give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +194,7 @@ class Study:
             seed=seed,
             multivariate=True,
             constant_liar=True,
-            # a short search cannot spend ten trials on chance
-            n_startup_trials=max(2, min(10, self._search.n_trials // 3)),
+            n_startup_trials=STARTUP_TRIALS,
         )
 
     def _enqueue_first(self) -> None:
@@ -214,7 +215,9 @@ class Study:
 
     def _finished(self) -> list[Trial]:
         frozen = self._study.get_trials(deepcopy=False, states=FINISHED)
-        return [_trial(one) for one in frozen if INTERRUPTED not in one.user_attrs]
+        finished = [_trial(one) for one in frozen if INTERRUPTED not in one.user_attrs]
+        # a study that was longer once answers as one of this length
+        return finished[: self._search.n_trials]
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

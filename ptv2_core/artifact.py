@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -244,6 +245,14 @@ def _check_sections(raw: Any, file: Path) -> None:
     absent = [key for key in wanted if key not in raw["backbone"]]
     if absent:
         raise ArtifactError(f"{file}: backbone lacks {', '.join(absent)}")
+    sizes = {f"backbone.{key}": raw["backbone"][key] for key in wanted[2:]}
+    sizes["encoding.max_length"] = raw["encoding"].get("max_length")
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArtifactError(f"{file}: {key} must be a whole number above 0, got {value!r}")
+    for place, example in enumerate(raw["golden"], start=1):
+        if not isinstance(example, dict) or not {"input", "logits"} <= example.keys():
+            raise ArtifactError(f"{file}: golden input {place} must have an input and its logits")
 
 
 def _check_shapes(manifest: Manifest, weights: Path) -> None:
@@ -254,18 +263,31 @@ def _check_shapes(manifest: Manifest, weights: Path) -> None:
             header = json.loads(stream.read(min(size, 1 << 20)))
         except (struct.error, ValueError) as error:
             raise ArtifactError(f"{weights}: not a safetensors file ({error})") from error
-    found = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    entries = header if isinstance(header, dict) else {}
+    found = {n: _entry(e, "shape", weights) for n, e in entries.items() if n != "__metadata__"}
     expected = manifest.shapes()
     if found != expected:
         raise ArtifactError(f"{weights}: expected tensors {expected}, got {found}")
-    kinds = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    kinds = {_entry(e, "dtype", weights) for n, e in entries.items() if n != "__metadata__"}
     if kinds != {"F32"}:
         raise ArtifactError(f"{weights}: expected F32 tensors, got {', '.join(sorted(kinds))}")
 
 
+def _entry(entry: Any, key: str, weights: Path) -> Any:
+    """Return a part of a tensor's entry in the header."""
+    if not isinstance(entry, dict) or key not in entry:
+        raise ArtifactError(f"{weights}: not a safetensors file (an entry without {key})")
+    return entry[key]
+
+
 def load_weights(directory: Path, manifest: Manifest) -> Weights:
     """Load the weights of an artifact whose manifest was checked."""
-    tensors = safetensors.torch.load_file(directory / WEIGHTS_FILE)
+    try:
+        tensors = safetensors.torch.load_file(directory / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(
+            f"{directory / WEIGHTS_FILE}: not a safetensors file ({error})"
+        ) from error
     if set(tensors) != set(manifest.shapes()):
         raise ArtifactError(f"{directory / WEIGHTS_FILE}: changed while it was read; try again")
     return Weights(

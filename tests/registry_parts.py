@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.registry import Provenance, Registered, register
+from ptv2_core.files import sha256_file
 from tests.tiny import tiny_artifact, tiny_backbone
 
 URI = "sqlite:///mlflow.db"
@@ -59,7 +60,8 @@ class Workspace:
         _write_json(
             results / "evaluate" / "metrics.json",
             task=task, metric=metric, dev=0.8, test=test, test_rows=4, test_digest=test_digest,
-            probe=0.6, probe_dev=0.65, test_metrics={metric: test, "macro/f1": 0.7},
+            prompt_sha256=sha256_file(artifact / "prompt.safetensors"), probe=0.6,
+            probe_dev=0.65, test_metrics={metric: test, "macro/f1": 0.7},
         )  # fmt: skip
         (results / "evaluate" / "predictions.jsonl").write_text("{}\n")
         (results / "evaluate" / "confusion.csv").write_text("actual,predicted\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -18,6 +19,7 @@ from transformers import (
     ElectraModel,
     RobertaConfig,
     RobertaModel,
+    RobertaTokenizerFast,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
@@ -168,6 +170,17 @@ def _save_tokenizer(folder: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def byte_level_backbone(folder: Path) -> Path:
+    """Save a tiny RoBERTa with a byte-level tokenizer of single letters, as RoBERTa's is made."""
+    tiny_backbone(folder, "roberta")
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "\u0120", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wrapped = RobertaTokenizerFast(tokenizer_object=tokenizer, add_prefix_space=False)
+    wrapped.save_pretrained(folder)
+    return folder
 
 
 def without_pooler(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weig
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.metrics import Counts, label_counts, span_counts, total_counts
+from ptv2_core.evaluation.predict import TOKEN_BUDGET
 from ptv2_core.evaluation.scoring import Evaluation, evaluate_model, gold_labels
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
 from ptv2_core.training.probe import probe
@@ -33,6 +34,7 @@ class EvaluateResult:
         test: On the held-out rows.
         test_rows: How many.
         test_digest: Of their content; scores compare only where it is equal.
+        prompt_sha256: Of the prompt that was scored, so that no other is registered with this.
         probe: A linear probe on the bare backbone, on test; none where not wanted.
         probe_dev: The same on dev.
         test_metrics: All metrics on test.
@@ -44,6 +46,7 @@ class EvaluateResult:
     test: float
     test_rows: int
     test_digest: str
+    prompt_sha256: str
     probe: float | None
     probe_dev: float | None
     test_metrics: dict[str, float]
@@ -68,12 +71,11 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         )
     weights = load_weights(paths.prompt, manifest)
     model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
-    budget = settings.train.token_budget
     scored = {}
     for place, split in enumerate(("dev", "test")):
         progress(f"scoring {split}", place, 3)
         scored[split] = evaluate_model(
-            model, prepared.splits[split], prepared.task, token_budget=budget
+            model, prepared.splits[split], prepared.task, token_budget=TOKEN_BUDGET
         )
     progress("probing the bare backbone", 2, 3)
     probed = None
@@ -83,7 +85,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             task=prepared.task,
             splits=[prepared.splits[split] for split in ("train", "dev", "test")],
             reads=reading_of(prepared.task, manifest.head, backbone),
-            token_budget=budget,
+            token_budget=TOKEN_BUDGET,
         )
     result = EvaluateResult(
         task=settings.name,
@@ -92,6 +94,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         test=scored["test"].score,
         test_rows=len(prepared.splits["test"]),
         test_digest=prepared.digests["test"],
+        prompt_sha256=manifest.sha256,
         probe=None if probed is None else probed.test.score,
         probe_dev=None if probed is None else probed.dev.score,
         test_metrics=scored["test"].metrics,
@@ -106,6 +109,14 @@ def _check_match(manifest: Manifest, prepared: Prepared, prompt: Path) -> None:
         raise ArtifactError(
             f"{prompt}: made for {manifest.task.kind} with {len(manifest.task.labels)} labels, but "
             f"the data is {prepared.task.kind} with {len(prepared.task.labels)}; train again"
+        )
+    trained_on = manifest.provenance.get("data")
+    if trained_on != prepared.digests:
+        # rows of this test split may have been in that train split
+        raise ArtifactError(
+            f"{prompt}: trained on other data than data/prepared/{prepared.task.name} (expected "
+            f"{trained_on}, got {prepared.digests}); run `ptv2 train --task {prepared.task.name}` "
+            "again"
         )
 
 

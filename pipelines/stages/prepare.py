@@ -90,7 +90,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
     """
     prepare = settings.prepare
     location = locate(settings.backbone.name, settings.backbone.revision)
-    tokenizer = load_tokenizer(location)
+    tokenizer = load_tokenizer(location, words=prepare.kind == "tagging")
     fields = Fields(
         text=prepare.text,
         text_pair=prepare.text_pair,

@@ -129,7 +129,7 @@ def _save(
     location = locate(settings.backbone.name, settings.backbone.revision)
     predictor = Predictor(
         restore_model(reference, [(prepared.task, config.prompt, head, weights)]),
-        load_tokenizer(location),
+        load_tokenizer(location, words=prepared.task.kind == "tagging"),
         prepared.task,
         max_length=prepared.max_length,
     )

@@ -253,6 +253,11 @@ def carve_splits(
     for name, fraction in (("dev", dev_fraction), ("test", test_fraction)):
         if name in splits:
             continue
+        if fraction == 0:
+            raise DataError(
+                f"there is no {name} split and prepare.{name}_fraction is 0; add a {name} file, or "
+                "set a share of train"
+            )
         count = round(len(splits["train"]) * fraction)
         if count < 1 or count >= len(order):
             raise DataError(

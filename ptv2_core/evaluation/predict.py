@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptv2_core.artifact import Manifest, load_manifest, load_weights, restore_model
+from ptv2_core.artifact import load_manifest, load_weights, restore_model
 from ptv2_core.config import Device, Precision
 from ptv2_core.data.batching import collate, sorted_batches
 from ptv2_core.data.encoding import encode_examples
@@ -45,7 +45,9 @@ class Predictor:
         self.model = model
         self.task = task
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        # training checked its own rows; a longer input must not pass the backbone's positions
+        room = model.backbone.position_limit - model.bank.shift(0)
+        self._max_length = min(max_length, room)
         self._golden = golden
 
     @classmethod
@@ -91,14 +93,16 @@ class Predictor:
         model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
         return cls(
             model,
-            load_tokenizer(location),
+            load_tokenizer(location, words=manifest.task.kind == "tagging"),
             manifest.task,
-            max_length=max_length_of(manifest),
+            max_length=manifest.encoding["max_length"],
             golden=manifest.golden,
         )
 
     def logits(self, inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Return each input's logits, `[C]` or `[words, C]`, on the CPU.
+        """Return each input's logits on the CPU: `[C]`, or `[words, C]` of the words it read.
+
+        A word beyond the maximal length, or one that the tokenizer drops, has no row.
 
         Raises:
             DataError: An input lacks a text or tokens.
@@ -153,11 +157,13 @@ class Predictor:
                 raise DataError(
                     f"{where}: expected `tokens` (texts) or a `text`, got {values!r:.80}"
                 )
+            _check_encodable(where, *words)
             return TokensExample(tokens=words, tags=None, where=where)
         pair = values.get("text_pair")
         needs_pair = "text_pair" in self.task.fields
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: expected a `text`, got {values!r:.80}")
+        _check_encodable(where, text, pair)
         if needs_pair and (not isinstance(pair, str) or not pair.strip()):
             raise DataError(
                 f"{where}: task {self.task.name} also needs a `text_pair`, got {pair!r:.80}"
@@ -206,9 +212,17 @@ class Predictor:
         return {"label": answer, "probabilities": probabilities}
 
 
-def max_length_of(manifest: Manifest) -> int:
-    """Return the tokens of an encoded input at most."""
-    return int(manifest.encoding["max_length"])
+def _check_encodable(where: str, *texts: object) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: character {error.start + 1} of {text!r:.60} is half a surrogate "
+                    "pair, which is not valid text; mend what wrote it"
+                ) from error
 
 
 def _short(logits: Tensor) -> str:

@@ -157,20 +157,23 @@ class PromptBank(nn.Module):
         # [U, L, 2, N, P, D] -> [B, L, 2, N, P, D] -> [L, 2, B, N, P, D]
         prompts = padded.index_select(0, index).permute(1, 2, 0, 3, 4, 5)
         lengths = torch.tensor([self._length(slot) for slot in named], device=device)
-        shifts = torch.tensor([self._shift(slot) for slot in named], device=device)
+        shifts = torch.tensor([self.shift(slot) for slot in named], device=device)
         mask = torch.arange(longest, device=device)[None, :] < lengths[:, None]  # [B, P]
         return Gathered(prompts=prompts, mask=mask, shifts=shifts)
 
     def _one(self, slot: int, device: torch.device) -> Gathered:
-        shifts = torch.tensor([self._shift(slot)], device=device)
+        shifts = torch.tensor([self.shift(slot)], device=device)
         prompts = self._padded(slot, self._length(slot), device)
         return Gathered(prompts=prompts[:, :, None], mask=None, shifts=shifts)
 
     def _length(self, slot: int) -> int:
         return 0 if slot == NO_SLOT else self.configs[slot].length
 
-    def _shift(self, slot: int) -> int:
-        return self._length(slot) if slot != NO_SLOT and self.configs[slot].shift_positions else 0
+    def shift(self, slot: int) -> int:
+        """Return by how many positions the slot's tokens are shifted; 0 without a slot."""
+        if slot == NO_SLOT or not self.configs[slot].shift_positions:
+            return 0
+        return self.configs[slot].length
 
     def _padded(self, slot: int, length: int, device: torch.device) -> Tensor:
         """Return slot's prompt with its positions padded by zeros to `[L, 2, N, length, D]`."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ptv2_core.artifact import FILES, Weights, load_manifest, load_weights
 from ptv2_core.errors import ArtifactError, BackboneError, DataError
 from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.files import sha256_file
 from tests.tiny import tiny_artifact, tiny_backbone
 
 Folder = Callable[[str], Path]
@@ -94,6 +95,9 @@ def test_artifact_without_a_file_is_refused(artifact: Path, missing: str) -> Non
         (lambda m: m.update(schema_version=2), "expected schema_version 1, got 2"),
         (lambda m: m.pop("golden"), "golden must be a list, got NoneType"),
         (lambda m: m["backbone"].pop("digest"), "backbone lacks digest"),
+        (lambda m: m["backbone"].update(num_layers="3"), "backbone.num_layers must be a whole"),
+        (lambda m: m["encoding"].clear(), "encoding.max_length must be a whole number"),
+        (lambda m: m["golden"][0].pop("logits"), "golden input 1 must have an input and its"),
         (lambda m: m["task"].update(labels=["one"]), "task.labels"),
         (lambda m: m["task"].update(name="../up"), "task.name"),
         (lambda m: m["prompt"].update(length=9), "expected tensors"),
@@ -115,9 +119,29 @@ def test_artifact_with_broken_json_is_refused(artifact: Path) -> None:
         load_manifest(artifact)
 
 
-def test_artifact_in_half_precision_is_refused(artifact: Path) -> None:
-    from ptv2_core.files import sha256_file
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [(b"[]", "expected tensors"), (b'{"prompt": {"dtype": "F32"}}', "an entry without shape")],
+)
+def test_artifact_with_a_wrong_header_is_refused(
+    artifact: Path, header: bytes, message: str
+) -> None:
+    file = artifact / "prompt.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    change(artifact, lambda m: m.update(sha256=sha256_file(file)))
+    with pytest.raises(ArtifactError, match=message):
+        load_manifest(artifact)
 
+
+def test_artifact_cut_short_is_refused(artifact: Path) -> None:
+    file = artifact / "prompt.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    change(artifact, lambda m: m.update(sha256=sha256_file(file)))
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        load_weights(artifact, load_manifest(artifact))
+
+
+def test_artifact_in_half_precision_is_refused(artifact: Path) -> None:
     file = artifact / "prompt.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
     change(artifact, lambda m: m.update(sha256=sha256_file(file)))
@@ -183,3 +207,21 @@ def test_predictor_refuses_a_pair_without_its_second_text(
     with pytest.raises(DataError, match="also needs a `text_pair`"):
         predictor.predict([{"text": "book it"}])
     assert predictor.predict([{"text": "book it", "text_pair": "not on monday"}])
+
+
+def test_predictor_cuts_inputs_to_the_backbones_positions(
+    tmp_path: Path, backbone_folder: Folder
+) -> None:
+    artifact = tiny_artifact(tmp_path / "prompt", backbone_folder("bert"))
+    change(artifact, lambda m: m["encoding"].update(max_length=500))
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    # 64 positions, 4 of them the prompt's, and two special tokens leave room for 58 words
+    fits, longer = " ".join(["book"] * 58), " ".join(["book"] * 58 + ["rome"] * 40)
+    first, second = predictor.logits([{"text": fits}, {"text": longer}])
+    assert torch.equal(first, second)
+
+
+def test_predictor_refuses_half_a_surrogate_pair(artifact: Path) -> None:
+    predictor = Predictor.load(artifact, device="cpu", precision="fp32")
+    with pytest.raises(DataError, match="input 1: character 4 of .* is half a surrogate pair"):
+        predictor.predict([{"text": "hi \ud83d there"}])

@@ -25,7 +25,7 @@ from ptv2_core.data.examples import (
 )
 from ptv2_core.errors import DataError
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
-from tests.tiny import examples_of, task_of
+from tests.tiny import byte_level_backbone, examples_of, task_of
 
 Folder = Callable[[str], Path]
 
@@ -150,6 +150,8 @@ def test_splits_of_the_source_are_kept() -> None:
     carved = carve_splits(given, dev_fraction=0.1, test_fraction=0.5, seed=1)
     assert carved["test"] == given["test"]
     assert len(carved["dev"]) == 2
+    with pytest.raises(DataError, match="no dev split and prepare.dev_fraction is 0"):
+        carve_splits({"train": texts(20)}, dev_fraction=0, test_fraction=0.1, seed=1)
     with pytest.raises(DataError, match="too few to carve dev"):
         carve_splits({"train": texts(2)}, dev_fraction=0.1, test_fraction=0.1, seed=1)
 
@@ -267,3 +269,17 @@ def test_collate_pads_on_the_right(backbone_folder: Folder) -> None:
     assert batch.token_type_ids is None
     assert batch.labels is not None
     assert torch.equal(batch.labels, torch.tensor([2, 0]))
+
+
+def test_encoding_keeps_words_apart_with_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    folder = byte_level_backbone(tmp_path / "roberta")
+    example = TokensExample(tokens=("to", "paris"), tags=("O", "B-city"))
+    labels = task_of("tagging").labels
+
+    def pieces(words: bool) -> list[str]:
+        tokenizer = load_tokenizer(locate(str(folder)), words=words)
+        split, _ = encode_examples([example], tokenizer, labels=labels, max_length=32)
+        return tokenizer.convert_ids_to_tokens(split.input_ids.tolist())  # type: ignore[no-any-return]
+
+    assert "".join(pieces(words=True)) == "<s>\u0120to\u0120paris</s>"
+    assert "".join(pieces(words=False)) == "<s>toparis</s>"

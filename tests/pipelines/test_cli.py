@@ -178,7 +178,8 @@ def test_cli_json_files_have_exactly_these_keys(task: str, finished_once: Path) 
     ]  # fmt: skip
     evaluate = read_json(results / "evaluate" / "metrics.json")
     assert list(evaluate) == [
-        "task", "metric", "dev", "test", "test_rows", "test_digest", "probe", "probe_dev",
+        "task", "metric", "dev", "test", "test_rows", "test_digest", "prompt_sha256",
+        "probe", "probe_dev",
         "test_metrics",
     ]  # fmt: skip
     assert (evaluate["task"], evaluate["metric"]) == (task, metric)
@@ -219,6 +220,14 @@ def test_cli_tables_have_a_row_each(finished_once: Path) -> None:
     assert {tuple(json.loads(line)) for line in predictions.splitlines()} == {
         ("text", "text_pair", "label", "predicted")
     }
+
+
+def test_cli_evaluate_refuses_a_prompt_of_other_data(ptv2: Ptv2, finished: Path) -> None:
+    change_params(finished, {"tasks.intents.prepare.max_rows": 12})
+    succeeded(ptv2, "prepare", "--task", "intents")
+    said = refused(ptv2, "evaluate", "--task", "intents")
+    assert "prompts/intents: trained on other data than data/prepared/intents" in said
+    assert said.endswith("run `ptv2 train --task intents` again")
 
 
 def test_cli_registering_again_makes_no_second_version(ptv2: Ptv2, finished: Path) -> None:

@@ -405,6 +405,22 @@ def test_deleted_experiment_is_told_with_the_way_back(workspace):
         workspace.register(seed=1)
 
 
+def test_scores_of_another_prompt_are_refused(workspace):
+    workspace.register(seed=1)
+    arguments = workspace.make(seed=2)
+    file = arguments["evaluate_dir"] / "metrics.json"
+    scores = json.loads(file.read_text())
+    file.write_text(json.dumps({**scores, "prompt_sha256": "0" * 64}))
+    with pytest.raises(PipelineError, match=r"run `ptv2 evaluate --task intents` first"):
+        register(**arguments)
+
+
+def test_older_prompt_again_leaves_the_newest_the_challenger(workspace):
+    workspace.register(seed=1, test=0.9)
+    assert workspace.register(seed=2, test=0.5).aliases == ("challenger",)
+    assert workspace.register(seed=1, test=0.9).aliases == ("champion",)
+
+
 def test_prompt_of_another_task_is_refused(workspace):
     arguments = workspace.make("intents") | {"task": "slots"}
     with pytest.raises(RegistryError, match="expected a prompt for the task 'slots'"):

@@ -103,11 +103,17 @@ def test_study_goes_on_when_its_number_is_raised(tmp_path: Path, search: Search)
     assert [row["trial"] for row in rows(open_study(tmp_path), tmp_path)] == list("01234")
 
 
-def test_study_with_fewer_trials_than_it_has_runs_none(tmp_path: Path, search: Search) -> None:
-    outcome = search.run(open_study(tmp_path))
+def test_study_with_fewer_trials_than_it_has_answers_as_a_shorter_one(
+    tmp_path: Path, search: Search
+) -> None:
+    search.run(open_study(tmp_path))
     less = Search()
-    assert less.run(open_study(tmp_path, n_trials=2)) == outcome
+    outcome = less.run(open_study(tmp_path, n_trials=2))
     assert less.asked == []
+    alone = Search()
+    (tmp_path / "alone").mkdir()
+    assert outcome == alone.run(open_study(tmp_path / "alone", n_trials=2))
+    assert outcome.counts == {"complete": 2, "pruned": 0, "failed": 0}
 
 
 def test_study_of_another_name_shares_nothing(tmp_path: Path, search: Search) -> None:

@@ -116,8 +116,10 @@ def _from_hub(name: str, revision: str | None) -> Location:
         )
     if revision is None or not _COMMIT.match(revision):
         raise BackboneError(
-            f"backbone.revision: a hub backbone ({name}) must be pinned to a commit of 40 "
-            f"hexadecimal digits, got {revision!r}; copy it from the model's page on the hub."
+            f"backbone.name: {name!r} is no folder here (looked for {Path(name).absolute()}), so "
+            "it is taken for a hub name, and backbone.revision must be pinned to a commit of 40 "
+            f"hexadecimal digits, got {revision!r}. Mend the folder's name (from another folder: "
+            "--backbone), or copy the commit from the model's page on the hub."
         )
     try:
         config = cached_file(name, "config.json", revision=revision)
@@ -146,14 +148,23 @@ def _from_hub(name: str, revision: str | None) -> Location:
     return Location(name=name, revision=revision, folder=folder)
 
 
-def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedTokenizerBase:
     """Load the backbone's fast tokenizer from its folder.
+
+    Args:
+        location: Where the backbone is.
+        words: Whether rows come as words. A byte-level tokenizer is then told to put a space
+            before each, or it would glue them: `to paris` would become `toparis`.
 
     Raises:
         BackboneError: The folder holds none that is fast, which word alignment needs.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.folder, local_files_only=True)
+        if words and tokenizer.is_fast and _glues_words(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(
+                location.folder, local_files_only=True, add_prefix_space=True
+            )
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {location.name!r} has no usable tokenizer in {location.folder}: "
@@ -165,3 +176,9 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
             f"tokenizer.json in {location.folder}."
         )
     return tokenizer
+
+
+def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = stored.get("pretokenizers", [stored])
+    return any(part.get("add_prefix_space") is False for part in parts)
