@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import ptv2_core
 from pipelines.model_card import (
-    SPLITS,
     Results,
     epoch_metrics,
     final_metrics,
@@ -19,6 +18,7 @@ from pipelines.model_card import (
     run_params,
 )
 from ptv2_core.artifact import FILES, Manifest
+from ptv2_core.data.examples import SPLITS
 from ptv2_serving.tracking import PROMPT_PATH, SHA256_TAG
 
 if TYPE_CHECKING:

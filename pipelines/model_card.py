@@ -14,10 +14,10 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest
+from ptv2_core.data.examples import SPLITS
 from ptv2_core.files import sha256_file
 from ptv2_serving.tracking import MANIFEST_TAG, SHA256_TAG
 
-SPLITS = ("train", "dev", "test")
 CURVES = ("train_loss", "dev_loss", "dev_score", "learning_rate")
 """The columns of train/history.csv that are worth a plot."""
 

@@ -12,15 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ptv2_core.config import Device, Precision, Reparameterization
+from ptv2_core.data.tasks import TaskKind
 
-NAME_PATTERN = r"^[a-z][a-z0-9_-]{0,62}$"
 COMMIT_PATTERN = r"^[0-9a-f]{40}$"
-SPLITS = ("train", "dev", "test")
 
 Conflicts = list[tuple[str, str]]
 SourceKind = Literal["demo", "local", "hub"]
 FileFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll"]
-TaskKind = Literal["classification", "tagging"]
 
 
 def _tuple(value: Any) -> Any:

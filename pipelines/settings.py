@@ -17,7 +17,6 @@ import yaml
 
 from pipelines.checking import Found, Where, check_section, did_you_mean
 from pipelines.schema import (
-    NAME_PATTERN,
     BackboneSettings,
     EvaluateSettings,
     FetchSettings,
@@ -29,6 +28,7 @@ from pipelines.schema import (
     TaskPrepareSettings,
 )
 from ptv2_core.config import TrainConfig
+from ptv2_core.data.tasks import NAME_PATTERN
 from ptv2_core.errors import ConfigError
 
 TASK_MODELS: dict[str, type[Section] | type[TrainConfig]] = {
@@ -320,7 +320,7 @@ def _task_values(values: dict[str, Any], found: Found) -> dict[str, Any]:
         found.append((("tasks",), f"expected a mapping with one task at least{got}"))
         return {}
     for name in tasks:
-        if not re.fullmatch(NAME_PATTERN, name):
+        if not NAME_PATTERN.fullmatch(name):
             grammar = "a lower-case letter, then up to 62 of a-z, 0-9, _ and -"
             found.append((("tasks", name), f"expected a name of {grammar}, got {name!r}"))
     return tasks

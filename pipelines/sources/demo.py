@@ -24,9 +24,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import DataError
 
-SPLITS = ("train", "dev", "test")
 NAMES_KEY = {"intents": "labels", "entailment": "labels", "slots": "slots"}
 """The kinds, and the key that each one adds."""
 MAX_DRAWS_A_ROW = 50

@@ -22,9 +22,10 @@ from typing import Any
 
 from pipelines.checking import did_you_mean
 from pipelines.errors import SourceUnreachableError
-from pipelines.schema import COMMIT_PATTERN, SPLITS, FetchSettings
+from pipelines.schema import COMMIT_PATTERN, FetchSettings
 from pipelines.sources import FetchedData, Record
 from pipelines.sources.values import json_value
+from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import DataError
 from ptv2_core.files import sha256_file
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.schema import SPLITS, FetchSettings
+from pipelines.schema import FetchSettings
 from pipelines.sources import FetchedData, Record
 from pipelines.sources.readers import (
     ColumnChoice,
@@ -15,6 +15,7 @@ from pipelines.sources.readers import (
     read_parquet,
     read_tsv,
 )
+from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import DataError
 from ptv2_core.files import sha256_file
 
