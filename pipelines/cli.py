@@ -1,5 +1,6 @@
 """`ptv2`: the command line. Every command imports what it needs when it runs."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptv2_core.errors import DataError, PTv2Error
+from ptv2_core.errors import ConfigError, DataError, PTv2Error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,28 +115,46 @@ def search(task: Task, workspace: Workspace = Path()) -> None:
     settings, paths = _task(workspace, task)
     from pipelines.console import progress
     from pipelines.stages import search as stage
+    from pipelines.threads import limit_threads
 
+    limit_threads()
     with progress(f"search {task}", _console()) as on_progress:
         done = stage.run(settings, paths, on_progress)
     if done.value is None:
         _say(f"searched {task}: search.n_trials is 0, the settings of train are taken")
         return
+    if done.screen is not None:
+        told = done.screen.rank_correlation
+        agreement = "too few to rank" if told is None else f"rank correlation {told:.2f}"
+        _say(
+            f"screened {task}: {sum(done.screen.n_trials.values())} trials in the top "
+            f"{done.screen.layers} layers; {done.screen.compared} trained at full depth too, "
+            f"{agreement}"
+        )
     counts = ", ".join(f"{count} {state}" for state, count in done.n_trials.items() if count)
     _say(f"searched {task}: dev {done.metric} {done.value:.4f} by trial {done.trial} ({counts})")
 
 
 @app.command(rich_help_panel=STAGES)
 def train(task: Task, workspace: Workspace = Path()) -> None:
-    """Train the prompt with the best settings and save it."""
+    """Train the prompt with the best settings and save it; goes on from a checkpoint."""
     settings, paths = _task(workspace, task)
     from pipelines.console import progress
+    from pipelines.settings import read_environment
+    from pipelines.stages import silent
     from pipelines.stages import train as stage
+    from pipelines.threads import limit_threads
 
+    limit_threads()
+    if read_environment().rank > 0:  # the first process of torchrun speaks for all
+        stage.run(settings, paths, silent)
+        return
     with progress(f"train {task}", _console()) as on_progress:
         done = stage.run(settings, paths, on_progress)
     _say(
         f"trained {task}: dev {done.metric} {done.dev:.4f} in epoch {done.best_epoch} of "
-        f"{done.epochs}, {done.trainable_parameters:,} parameters, {done.seconds:.0f} s"
+        f"{done.epochs}, {done.trainable_parameters:,} parameters, {done.seconds:.0f} s, "
+        f"{done.peak_memory_bytes / 1e9:.1f} GB at its peak"
     )
 
 
@@ -145,7 +164,9 @@ def evaluate(task: Task, workspace: Workspace = Path()) -> None:
     settings, paths = _task(workspace, task)
     from pipelines.console import progress
     from pipelines.stages import evaluate as stage
+    from pipelines.threads import limit_threads
 
+    limit_threads()
     with progress(f"evaluate {task}", _console()) as on_progress:
         done = stage.run(settings, paths, on_progress)
     probe = "" if done.probe is None else f", bare-backbone probe {done.probe:.4f}"
@@ -175,6 +196,31 @@ def check(workspace: Workspace = Path()) -> None:
 
 
 @app.command(rich_help_panel=EVERYDAY)
+def doctor(
+    workspace: Workspace = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at machine, settings, backbone, data and servers; exit code 2 if one needs mending."""
+    from pipelines import doctor as examination
+    from pipelines.console import findings_table
+    from pipelines.errors import EXIT_USER_ERROR
+
+    if not workspace.is_dir():
+        raise ConfigError(f"--workspace: expected a folder at {workspace}, found none")
+    os.chdir(workspace)
+    findings = examination.examine(Path())
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json:
+        plain = [dataclasses.asdict(finding) for finding in findings]
+        typer.echo(json.dumps({"problems": problems, "findings": plain}, indent=2))
+    else:
+        _console().print(findings_table(findings))
+        _say(examination.verdict(problems))
+    if problems:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+@app.command(rich_help_panel=EVERYDAY)
 def report(workspace: Workspace = Path()) -> None:
     """Print the table of results."""
     from pipelines import report as results
@@ -199,8 +245,10 @@ def pull(
 ) -> None:
     """Download a registered prompt and verify it on its backbone."""
     from pipelines.settings import read_environment
+    from pipelines.threads import limit_threads
     from ptv2_serving import store
 
+    limit_threads()
     uri = tracking_uri or read_environment().mlflow_tracking_uri or _registry_of(workspace)
     pulled = store.pull(reference, to, tracking_uri=uri, root=workspace, backbone_name=backbone)
     _say(
@@ -224,8 +272,10 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Answer texts with a prompt: labels with probabilities, or tagged spans."""
+    from pipelines.threads import limit_threads
     from ptv2_core.evaluation.predict import Predictor
 
+    limit_threads()
     inputs = _read_inputs(texts, pair)
     predictor = Predictor.load(prompt, backbone_name=backbone)
     answers = predictor.predict(inputs)

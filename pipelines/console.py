@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,9 +13,13 @@ from rich.text import Text
 from pipelines import report
 from pipelines.stages import Progress as OnProgress
 
+if TYPE_CHECKING:
+    from pipelines.doctor import Finding
+
 # a log is read later: a line now and then is enough
 PLAIN_INTERVAL_S = 5.0
 MOST_PROBABILITIES = 3
+STATE_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @contextmanager
@@ -59,6 +63,27 @@ def results_table(rows: Sequence[report.Row]) -> Table:
         table.add_column(header, justify="left" if place in (0, 1, 10) else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.cells()))
+    return table
+
+
+def findings_table(findings: Sequence["Finding"]) -> Table:
+    """Return what `ptv2 doctor` found, a part for each section."""
+    table = Table(title="ptv2 doctor", title_justify="left")
+    for header in ("", "state"):
+        table.add_column(header, no_wrap=True)
+    # a digest is longer than a narrow terminal is wide; what is cut off cannot be copied
+    table.add_column("found", overflow="fold")
+    section = None
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            table.add_section()
+            table.add_row(Text(section, style="bold"))
+        shown = Text(finding.value)
+        if finding.hint:
+            shown.append(f"\n{finding.hint}", style="dim")
+        state = Text(finding.state, style=STATE_STYLES[finding.state])
+        table.add_row(Text(f"  {finding.name}"), state, shown)
     return table
 
 

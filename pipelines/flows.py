@@ -6,7 +6,6 @@ cannot be reached, never for a stage that is wrong.
 """
 
 import logging
-import os
 import queue
 import signal
 import threading
@@ -39,6 +38,7 @@ from pipelines.errors import PipelineError, StageFailedError, TemporaryError
 from pipelines.prefect_server import temporary_server
 from pipelines.report import markdown_table
 from pipelines.settings import child_environment
+from pipelines.threads import thread_environment, threads_by_user
 
 StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 
@@ -210,6 +210,7 @@ def ptv2_run(
 
 def _open_session(root: Path, tasks: Sequence[str] | None, on_event: OnEvent) -> _Session:
     """Read the graph and find out what there is to do."""
+    threads_by_user()  # a number that is wrong is told before anything starts
     graph = dag.read_graph(root)
     chosen = graph if tasks is None else graph.select(tasks)
     dag.clear_dead_locks(root)
@@ -346,18 +347,11 @@ def _unrun(session: _Session, address: str, state: State[Any]) -> StageOutcome:
 def _stage_environment(session: _Session, concurrency: int) -> dict[str, str]:
     """Return the environment of the stages: their share of the cores, and the run they are of."""
     side_by_side = min(concurrency, len({node.task for node in session.graph.nodes.values()}))
-    threads = max(1, _num_cores() // max(1, side_by_side))
     overrides = {"PTV2_FLOW_RUN_ID": session.flow_run_id or ""}
     url = PREFECT_API_URL.value()
     if url is not None:
         overrides["PREFECT_API_URL"] = url
-    return child_environment(overrides, defaults={"OMP_NUM_THREADS": str(threads)})
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return child_environment(overrides, defaults=thread_environment(side_by_side))
 
 
 def _counts(outcomes: Sequence[StageOutcome]) -> str:

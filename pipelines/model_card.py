@@ -150,6 +150,7 @@ def final_metrics(results: Results) -> dict[str, float]:
         "trainable_parameters": train.get("trainable_parameters"),
         "trainable_share": train.get("trainable_share"),
         "peak_memory_bytes": train.get("peak_memory_bytes"),
+        "peak_device_memory_bytes": train.get("peak_device_memory_bytes"),
         "artifact_bytes": results.manifest.size_bytes,
     }
     return {

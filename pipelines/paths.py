@@ -63,6 +63,16 @@ class TaskPaths:
         """The search's database, kept between runs."""
         return self.root / ".ptv2" / "studies" / f"{self.task}.db"
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where a training stands, until its prompt is saved."""
+        return self.root / ".ptv2" / "checkpoints" / f"{self.task}.safetensors"
+
+    @property
+    def trunk(self) -> Path:
+        """The trunk cache, which all tasks share."""
+        return self.root / ".ptv2" / "trunk"
+
     def require(self, file: Path, stage: str) -> Path:
         """Return a file that an earlier stage writes.
 

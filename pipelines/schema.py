@@ -184,10 +184,17 @@ class SearchSpace(Section):
         default=None, description="null or [lowest, highest], numbers from 0 to below 1"
     )
 
+    prompt_layers: (
+        Annotated[tuple[Literal["all"] | Whole, ...], BeforeValidator(_tuple), Field(min_length=1)]
+        | None
+    ) = Field(
+        default=None, description="null or a list of all and numbers of top layers, as [all, 4]"
+    )
+
     def contains(self, settings: Mapping[str, Any]) -> bool:
         """Tell whether all settings lie in the ranges of their names."""
         dimensions = self.model_dump(exclude_none=True)
-        return all(_inside(value, dimensions.get(key)) for key, value in settings.items())
+        return all(_inside(key, value, dimensions.get(key)) for key, value in settings.items())
 
     def conflicts(self) -> Conflicts:
         """Refuse ranges that are upside down."""
@@ -211,6 +218,26 @@ class FirstTrial(Section):
         default=None, description="embedding or mlp"
     )
     prompt_dropout: Fraction | None = Field(default=None, description="a number from 0 to below 1")
+    prompt_layers: Literal["all"] | Whole | None = Field(
+        default=None, description="all or a number of top layers"
+    )
+
+
+class ScreenSettings(Section):
+    """A cheap look at many settings before the search: prompts in the top layers alone.
+
+    What the layers below them give is cached, so that an epoch costs a fraction of a full one.
+    """
+
+    layers: Whole = Field(description="a number of top layers >= 1")
+    n_trials: Whole = Field(description="a whole number of trials >= 1")
+    keep: Whole = Field(description="a whole number of trials, n_trials at most")
+
+    def conflicts(self) -> Conflicts:
+        """Refuse to keep more than there is."""
+        if self.keep <= self.n_trials:
+            return []
+        return [("keep", f"expected n_trials ({self.n_trials}) at most, got {self.keep}")]
 
 
 class SearchSettings(Section):
@@ -222,7 +249,13 @@ class SearchSettings(Section):
     epochs: int = Field(default=4, ge=1, le=100_000, description="a whole number from 1 to 100000")
     seed: Seed = Field(default=42, description=SEED_WORDS)
     grace_epochs: int = Field(default=2, ge=0, description="a whole number of epochs >= 0")
+    parallel: int = Field(
+        default=2, ge=1, le=256, description="a whole number of trials side by side, 1 to 256"
+    )
     pruner: Literal["median", "none"] = Field(default="median", description="median or none")
+    screen: ScreenSettings | None = Field(
+        default=None, description="null or a mapping such as {layers: 2, n_trials: 12, keep: 3}"
+    )
     space: SearchSpace = Field(
         default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2)),
         description="a mapping of settings to their ranges",
@@ -235,22 +268,28 @@ class SearchSettings(Section):
     def conflicts(self) -> Conflicts:
         """Check that there is something to search, and that the first trials lie inside it."""
         found = [(f"space.{key}", message) for key, message in self.space.conflicts()]
+        if self.screen is not None:
+            found += [(f"screen.{key}", message) for key, message in self.screen.conflicts()]
+            if self.space.prompt_layers is not None:
+                found.append(
+                    ("screen", "does not go with space.prompt_layers: a screen sets the layers")
+                )
         dimensions = self.space.model_dump(exclude_none=True)
         if self.n_trials and not dimensions:
             found.append(("space", "expected a range for one setting at least; or set n_trials: 0"))
         for index, trial in enumerate(self.first):
             for key, value in trial.model_dump(exclude_none=True).items():
-                if not _inside(value, dimensions.get(key)):
+                if not _inside(key, value, dimensions.get(key)):
                     limits = list(dimensions[key]) if key in dimensions else "no range"
                     message = f"expected a value inside space.{key} ({limits}), got {value!r}"
                     found.append((f"first.{index}.{key}", message))
         return found
 
 
-def _inside(value: Any, limits: tuple[Any, ...] | None) -> bool:
+def _inside(key: str, value: Any, limits: tuple[Any, ...] | None) -> bool:
     if limits is None:
         return False
-    if isinstance(value, str):
+    if key in ("reparameterization", "prompt_layers"):
         return value in limits
     return bool(limits[0] <= value <= limits[1])
 
@@ -276,3 +315,9 @@ class RunSettings(Section):
         default=2, ge=1, le=256, description="a whole number of stages, 1 to 256"
     )
     retries: int = Field(default=3, ge=0, le=100, description="a whole number from 0 to 100")
+    checkpoint_s: float = Field(
+        default=30.0, ge=0.0, le=86400.0, description="a number of seconds from 0 to 86400"
+    )
+    trunk_cache_gb: float = Field(
+        default=4.0, ge=0.0, le=1e6, description="a number of gigabytes; 0 keeps nothing"
+    )

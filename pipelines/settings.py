@@ -62,9 +62,13 @@ class TaskSettings:
     train: TrainConfig
     evaluate: EvaluateSettings
     register: RegisterSettings
+    run: RunSettings
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return plain nested values, for provenance and for hashing."""
+        """Return plain nested values, for provenance and for hashing.
+
+        Without `run`, on which no result depends.
+        """
         sections = {
             name: getattr(self, name).model_dump(mode="json")
             for name in ("backbone", "fetch", "prepare", "search", "evaluate", "register")
@@ -108,11 +112,19 @@ class Environment:
         mlflow_tracking_uri: MLFLOW_TRACKING_URI, which wins over `register.tracking_uri`.
         prefect_api_url: PREFECT_API_URL of a running Prefect server.
         flow_run_id: PTV2_FLOW_RUN_ID, the flow run that started this stage.
+        omp_num_threads: OMP_NUM_THREADS as it is written; `pipelines.threads` reads the number.
+        world_size: WORLD_SIZE, the processes that torchrun started; none without it.
+        rank: RANK, which of them this is.
+        local_rank: LOCAL_RANK, which on this machine.
     """
 
     mlflow_tracking_uri: str | None = None
     prefect_api_url: str | None = None
     flow_run_id: str | None = None
+    omp_num_threads: str | None = None
+    world_size: int | None = None
+    rank: int = 0
+    local_rank: int = 0
 
 
 def read_environment() -> Environment:
@@ -121,7 +133,16 @@ def read_environment() -> Environment:
         mlflow_tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
         prefect_api_url=os.environ.get("PREFECT_API_URL") or None,
         flow_run_id=os.environ.get("PTV2_FLOW_RUN_ID") or None,
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS") or None,
+        **_torchrun(),
     )
+
+
+def _torchrun() -> dict[str, int]:
+    """Return this process's place among those of torchrun; clusters set WORLD_SIZE without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    return {name.lower(): int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
 
 
 def child_environment(
@@ -134,11 +155,12 @@ def child_environment(
 
     Args:
         overrides: Variables to set.
-        defaults: Variables to set where the user has not.
+        defaults: Variables to set where the user has not; an empty one counts as unset.
     """
     programs = str(Path(sys.executable).parent)
     path = os.pathsep.join(filter(None, (programs, os.environ.get("PATH"))))
-    return {**(defaults or {}), **os.environ, "PATH": path, **(overrides or {})}
+    unset = {name: value for name, value in (defaults or {}).items() if not os.environ.get(name)}
+    return {**os.environ, **unset, "PATH": path, **(overrides or {})}
 
 
 def set_environment_defaults(values: Mapping[str, str]) -> None:
@@ -362,7 +384,7 @@ def _build_task(
                 found.append(((*place, key, *where), message))
     if len(found) > before or shared_found:
         return None
-    common = {key: shared[key] for key in ("backbone", "evaluate", "register")}
+    common = {key: shared[key] for key in ("backbone", "evaluate", "register", "run")}
     return TaskSettings(name=name, **common, **sections)
 
 

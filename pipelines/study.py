@@ -2,11 +2,11 @@
 
 import fcntl
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
@@ -24,6 +24,7 @@ PLACES = {
     "learning_rate": ("learning_rate",),
     "reparameterization": ("prompt", "reparameterization"),
     "prompt_dropout": ("prompt", "dropout"),
+    "prompt_layers": ("prompt", "layers"),
 }
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 INTERRUPTED = "interrupted"
@@ -79,6 +80,56 @@ class Outcome:
     counts: dict[str, int]
 
 
+class Lanes(Protocol):
+    """Where trials train side by side, each in a lane of its own."""
+
+    def start(self, lane: int, changes: Mapping[str, Any]) -> None:
+        """Begin a trial with nested changes to the train section, in a lane that is free."""
+        ...
+
+    def next(self, lane: int) -> float | None:
+        """Return the score of the lane's next epoch; None at its end, and the lane is free.
+
+        Raises:
+            TrainingError: The trial cannot go on, and the lane is free.
+        """
+        ...
+
+    def stop(self, lane: int) -> None:
+        """Give the lane's trial up."""
+        ...
+
+
+class OneByOne:
+    """Lanes in this process: their epochs take turns."""
+
+    def __init__(self, scores: Callable[[Mapping[str, Any]], Iterator[float]]) -> None:
+        """Train with `scores`, which takes a trial's changes and yields a score an epoch."""
+        self._scores = scores
+        self._running: dict[int, Iterator[float]] = {}
+
+    def start(self, lane: int, changes: Mapping[str, Any]) -> None:
+        """Begin a trial."""
+        self._running[lane] = self._scores(changes)
+
+    def next(self, lane: int) -> float | None:
+        """Return the score of the lane's next epoch, or None at its end."""
+        return next(self._running[lane], None)
+
+    def stop(self, lane: int) -> None:
+        """Give the lane's trial up."""
+        del self._running[lane]
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A trial that is training."""
+
+    trial: optuna.Trial
+    epoch: int = 0
+    best: float | None = None
+
+
 class Study:
     """A search of one task."""
 
@@ -89,15 +140,17 @@ class Study:
         name: str,
         search: SearchSettings,
         baseline: Mapping[str, Any] | None = None,
+        first: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Open or make the study.
 
         Args:
             database: SQLite file; one search at a time writes it.
             name: Changes with everything a trial depends on, so that studies never mix.
-            search: Space, number of trials, pruner and seed.
+            search: Space, number of trials, how many side by side, pruner and seed.
             baseline: The settings of `train`, by the names of the space; tried before all else if
                 they lie in the space, so that a search never ends below them.
+            first: Settings to try next, before those of `search.first`.
         """
         # Optuna announces every trial on its own logger; the stage draws progress instead
         optuna.logging.set_verbosity(logging.WARNING)
@@ -105,6 +158,7 @@ class Study:
         self.name = name
         self._search = search
         self._baseline = baseline
+        self._first = first
         self._lock = database.with_suffix(".lock")
         self._study = optuna.create_study(
             study_name=name,
@@ -114,15 +168,14 @@ class Study:
             pruner=_pruner(search),
         )
 
-    def run(
-        self,
-        scores: Callable[[Mapping[str, Any]], Iterator[float]],
-        on_trial: Callable[[Trial, int], None],
-    ) -> Outcome:
+    def run(self, lanes: Lanes, on_trial: Callable[[Trial, int], None]) -> Outcome:
         """Run trials until the study has `n_trials` finished ones.
 
+        `parallel` lanes are kept busy. Their epochs are looked at in turn, lane by lane, however
+        fast each is: what is drawn and what is pruned depends on no clock.
+
         Args:
-            scores: Trains with nested changes to the train section and yields a score an epoch.
+            lanes: Where the trials train.
             on_trial: Called with every finished trial and how many there are.
 
         Raises:
@@ -131,12 +184,29 @@ class Study:
         with self._exclusive():
             self._retry_interrupted()
             self._enqueue_first()
-            while len(self._finished()) < self._search.n_trials:
-                self._study.sampler = self._sampler()
-                trial = self._study.ask()
-                self._run_trial(trial, scores)
-                finished = self._finished()
-                on_trial(finished[-1], len(finished))
+            running: dict[int, _Running] = {}
+            while True:
+                for lane in range(self._search.parallel):
+                    if lane not in running:
+                        begun = len(self._finished()) + len(running)
+                        if begun < self._search.n_trials:
+                            running[lane] = self._begin(lanes, lane, begun)
+                if not running:
+                    break
+                for lane in sorted(running):
+                    if self._is_over(lanes, lane, running[lane]):
+                        number = running.pop(lane).trial.number
+                        finished = self._finished()
+                        ended = next(one for one in finished if one.number == number)
+                        on_trial(ended, len(finished))
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """Return what the finished trials gave.
+
+        Raises:
+            PipelineError: None ended with a score.
+        """
         finished = self._finished()
         scored = [trial for trial in finished if trial.state == "complete"]
         if not scored:
@@ -151,23 +221,37 @@ class Study:
         # the first of equals: max() keeps the earlier one
         return Outcome(best=max(scored, key=lambda trial: trial.value or 0.0), counts=counts)
 
-    def _run_trial(
-        self, trial: optuna.Trial, scores: Callable[[Mapping[str, Any]], Iterator[float]]
-    ) -> None:
+    def finished(self) -> list[Trial]:
+        """Return the finished trials, in the order they began."""
+        return self._finished()
+
+    def _begin(self, lanes: Lanes, lane: int, begun: int) -> _Running:
+        self._study.sampler = self._sampler(begun)
+        trial = self._study.ask()
         drawn = Trial(number=trial.number, state="", value=None, params=self._suggest(trial))
-        best: float | None = None
+        lanes.start(lane, drawn.changes)
+        return _Running(trial=trial)
+
+    def _is_over(self, lanes: Lanes, lane: int, running: _Running) -> bool:
+        """Take a lane's next epoch, and tell the study where it was the trial's last."""
+        trial = running.trial
         try:
-            for epoch, score in enumerate(scores(drawn.changes), start=1):
-                best = score if best is None else max(best, score)
-                trial.report(score, epoch)
-                if epoch < self._search.epochs and trial.should_prune():
-                    self._study.tell(trial, state=TrialState.PRUNED)
-                    return
+            score = lanes.next(lane)
         except TrainingError as error:
             trial.set_user_attr("error", str(error))
             self._study.tell(trial, state=TrialState.FAIL)
-            return
-        self._study.tell(trial, best)
+            return True
+        if score is None:
+            self._study.tell(trial, running.best)
+            return True
+        running.epoch += 1
+        running.best = score if running.best is None else max(running.best, score)
+        trial.report(score, running.epoch)
+        if running.epoch < self._search.epochs and trial.should_prune():
+            lanes.stop(lane)
+            self._study.tell(trial, state=TrialState.PRUNED)
+            return True
+        return False
 
     def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         space = self._search.space
@@ -184,12 +268,13 @@ class Study:
             )
         if space.prompt_dropout:
             drawn["prompt_dropout"] = trial.suggest_float("prompt_dropout", *space.prompt_dropout)
+        if space.prompt_layers:
+            drawn["prompt_layers"] = trial.suggest_categorical("prompt_layers", space.prompt_layers)
         return drawn
 
-    def _sampler(self) -> optuna.samplers.TPESampler:
-        """Return a sampler whose draw depends on the seed and the finished trials alone."""
-        done = len(self._finished())
-        seed = int(np.random.SeedSequence([self._search.seed, done]).generate_state(1)[0])
+    def _sampler(self, begun: int) -> optuna.samplers.TPESampler:
+        """Return a sampler whose draw depends on the seed and the trials so far alone."""
+        seed = int(np.random.SeedSequence([self._search.seed, begun]).generate_state(1)[0])
         return optuna.samplers.TPESampler(
             seed=seed,
             multivariate=True,
@@ -200,9 +285,9 @@ class Study:
     def _enqueue_first(self) -> None:
         if self._baseline and self._search.space.contains(self._baseline):
             self._study.enqueue_trial(dict(self._baseline), skip_if_exists=True)
-        for first in self._search.first:
-            params = first.model_dump(exclude_none=True)
-            self._study.enqueue_trial(params, skip_if_exists=True)
+        asked = [trial.model_dump(exclude_none=True) for trial in self._search.first]
+        for first in (*self._first, *asked):
+            self._study.enqueue_trial(dict(first), skip_if_exists=True)
 
     def _retry_interrupted(self) -> None:
         """Give up trials whose process died, and queue their settings again."""

@@ -49,7 +49,7 @@ class Weights:
     """What is trained.
 
     Attributes:
-        prompt: `[L, 2, N, P, D]`.
+        prompt: `[layers with a prompt, 2, N, P, D]`, lowest first.
         head_weight: `[C, H]`.
         head_bias: `[C]`.
     """
@@ -116,8 +116,9 @@ class Manifest:
     def shapes(self) -> dict[str, list[int]]:
         """Return the shapes that the weights must have."""
         backbone, classes = self.backbone, len(self.task.labels)
+        layers = self.prompt.layer_indices(backbone["num_layers"])
         prompt = [
-            backbone["num_layers"], 2, backbone["num_heads"], self.prompt.length,
+            len(layers), 2, backbone["num_heads"], self.prompt.length,
             backbone["head_size"],
         ]  # fmt: skip
         return {
@@ -214,6 +215,7 @@ def load_manifest(directory: Path) -> Manifest:
         task = TaskSpec.from_mapping(raw["task"])
         prompt = PromptConfig.from_mapping(raw["prompt"])
         head = HeadConfig.from_mapping(raw["head"])
+        prompt.layer_indices(raw["backbone"]["num_layers"])
     except ConfigError as error:
         raise ArtifactError(f"{file}: {error}") from error
     manifest = Manifest(
@@ -315,7 +317,6 @@ def restore_model(
             backbone.spec.hidden_size,
             len(task.labels),
             reads=reading_for(task.kind, reads),
-            dropout=head_config.dropout,
             seed=0,
         )
         head.linear.load_state_dict({"weight": weights.head_weight, "bias": weights.head_bias})

@@ -16,6 +16,8 @@ Reparameterization = Literal["embedding", "mlp"]
 PromptStart = Literal["normal", "backbone"]
 Reads = Literal["auto", "cls", "pooler", "mean"]
 Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "matmul", "sdpa"]
+PromptLayers = Literal["all"] | int | tuple[int, ...]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -60,16 +62,43 @@ class PromptConfig:
         start: `normal` draws from N(0, start_std), as the released code does; `backbone` takes the
             keys and values that the frozen backbone itself computes for training words.
         start_std: Standard deviation of a `normal` start.
-        shift_positions: Whether token positions start at P, as in the released code.
+        shift_positions: Whether token positions start at P, as in the released code. Without a
+            prompt in the lowest layer they always start where the backbone has them.
+        layers: Which layers have a prompt: `all`, the top so many, or a list, 0 the lowest (paper,
+            section 4.3).
     """
 
     length: int = number(16, low=1, high=4096)
+    layers: PromptLayers = "all"
     reparameterization: Reparameterization = "embedding"
     mlp_hidden: int = number(512, low=1, high=65536)
     dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
     start: PromptStart = "normal"
     start_std: float = number(1.0, low=0.0, low_open=True)
     shift_positions: bool = True
+
+    def layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers that have a prompt, lowest first.
+
+        Args:
+            num_layers: L.
+
+        Raises:
+            ConfigError: A layer is named that the backbone does not have.
+        """
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if isinstance(self.layers, int):
+            chosen = tuple(range(num_layers - self.layers, num_layers))
+        else:
+            chosen = tuple(sorted(self.layers))
+        if chosen[0] < 0 or chosen[-1] >= num_layers:
+            raise ConfigError(
+                f"train.prompt.layers: expected `all`, a number of top layers from 1 to "
+                f"{num_layers}, or a list of layers from 0 to {num_layers - 1}, which is what the "
+                f"backbone has; got {self.layers!r}"
+            )
+        return chosen
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, path: str = "prompt") -> "PromptConfig":
@@ -113,6 +142,9 @@ class TrainConfig:
         patience: Epochs in which neither the development score nor its loss gets better, before
             stopping.
         seed: Of the start, the order of rows and dropout.
+        backbone_dropout: Whether the frozen backbone drops out as in its own pre-training.
+        gradient_checkpointing: Whether a layer's activations are computed again in the backward
+            pass instead of kept: less memory, about a third more time.
     """
 
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -129,6 +161,8 @@ class TrainConfig:
     max_grad_norm: float = number(1.0, low=0.0, low_open=True)
     patience: int = number(5, low=1, high=100_000)
     seed: int = number(42, low=0, high=2**32 - 1)
+    backbone_dropout: bool = False
+    gradient_checkpointing: bool = False
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, path: str = "train") -> "TrainConfig":
@@ -173,6 +207,8 @@ def _read(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
 
 def _value(value: Any, hint: Any, limits: Range | None, path: str, problems: Problems) -> Any:
     """Check one scalar against its type and range; integers pass as floats."""
+    if hint == PromptLayers:
+        return _layers(value, path, problems)
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if value is None and NoneType in options:
         return None
@@ -193,3 +229,20 @@ def _value(value: Any, hint: Any, limits: Range | None, path: str, problems: Pro
         problems.append((path, f"expected {wanted}{within}, got {value!r}"))
         return value
     return float(value) if kind is float else value
+
+
+def _layers(value: Any, path: str, problems: Problems) -> PromptLayers:
+    """Check `all`, a number of top layers, or a list of layers."""
+
+    def is_whole(number: Any, low: int) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+    if isinstance(value, list | tuple):
+        if value and all(is_whole(v, 0) for v in value) and len(set(value)) == len(value):
+            return tuple(sorted(value))
+    elif value == "all" or is_whole(value, 1):
+        return value  # type: ignore[no-any-return]
+    problems.append(
+        (path, f"expected all, a number of top layers >= 1, or a list of layers, got {value!r}")
+    )
+    return "all"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def _fsync_path(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Make sure that what was written to a file, or renamed in a folder, survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +42,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_path(path.parent)
+    fsync_path(path.parent)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -66,13 +67,13 @@ def replace_directory(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(_umask_mode(0o777))
         for entry in sorted(temporary.rglob("*")):
-            _fsync_path(entry)
-        _fsync_path(temporary)
+            fsync_path(entry)
+        fsync_path(temporary)
         _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync_path(path.parent)
+    fsync_path(path.parent)
 
 
 def _swap(new: Path, path: Path) -> None:

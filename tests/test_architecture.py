@@ -33,11 +33,13 @@ CORE_ARROWS = {
     "errors": set[str](),
     "config": {"errors"},
     "files": {"errors"},
+    "machine": set[str](),
+    "parallel": set[str](),
     "data": {"errors", "config", "files"},
     "model": {"errors", "config", "files", "data.tasks"},
     "artifact": {"errors", "config", "files", "data.tasks", "model"},
-    "evaluation": {"errors", "config", "files", "data", "model", "artifact"},
-    "training": {"errors", "config", "files", "data", "model", "evaluation"},
+    "evaluation": {"errors", "config", "files", "parallel", "data", "model", "artifact"},
+    "training": {"errors", "config", "files", "parallel", "data", "model", "evaluation"},
 }
 
 

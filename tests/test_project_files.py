@@ -11,7 +11,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKE_TARGETS = {"setup", "demo", "test", "test-all", "check", "format", "bench", "up", "clean"}
+MAKE_TARGETS = {
+    "setup",
+    "demo",
+    "test",
+    "test-all",
+    "check",
+    "format",
+    "bench",
+    "bench-train",
+    "up",
+    "clean",
+}
 
 
 def read(name: str) -> str:

@@ -253,7 +253,6 @@ def tiny_model(
             backbone.spec.hidden_size,
             size,
             reads=reading_for(kind, backbone.spec.reads),
-            dropout=0.0,
             seed=place,
         )
         for place, size in enumerate(sizes)
@@ -281,7 +280,6 @@ def tiny_artifact(
         backbone.spec.hidden_size,
         len(task.labels),
         reads=reading_for(task.kind, backbone.spec.reads),
-        dropout=0.0,
         seed=seed,
     )
     model = PromptedModel(

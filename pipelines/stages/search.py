@@ -2,18 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 import ptv2_core
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
+from pipelines.stages.lanes import open_lanes
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.training import backbone_for, overlay, start_training
-from pipelines.study import Study, Trial
+from pipelines.stages.training import backbone_for, overlay
+from pipelines.study import Outcome, Study, Trial
 from pipelines.tables import csv_text
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
 from ptv2_core.model.backbones.base import Backbone
@@ -38,6 +41,7 @@ class SearchResult:
         study: The study's name; none where nothing was searched.
         n_trials: Trials by outcome.
         train: Settings to lay over `train`.
+        screen: How well a screen told the results; none without one.
     """
 
     task: str
@@ -47,6 +51,7 @@ class SearchResult:
     study: str | None
     n_trials: dict[str, int]
     train: dict[str, Any]
+    screen: "Agreement | None" = None
 
 
 def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -> SearchResult:
@@ -70,28 +75,22 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             train={},
         )
         with replace_directory(paths.search) as folder:
-            write_json_atomic(folder / BEST_FILE, vars(result))
+            write_json_atomic(folder / BEST_FILE, asdict(result))
             write_text_atomic(folder / "trials.csv", csv_text(["trial", "state", "value"], []))
             write_text_atomic(folder / "search.html", NOTHING_SEARCHED)
         return result
     backbone = backbone_for(settings, prepared)
     _check_space(settings, backbone, prepared)
+    name = study_name(settings, prepared, backbone)
+    screen = _screen(settings, paths, prepared, backbone, name, progress)
     study = Study(
         database=paths.study,
-        name=study_name(settings, prepared, backbone),
+        name=name,
         search=settings.search,
         baseline=_baseline(settings),
+        first=[trial.params for trial in screen.kept] if screen else (),
     )
-
-    def scores(changes: Mapping[str, Any]) -> Iterator[float]:
-        config = overlay(settings.train, {**changes, "epochs": settings.search.epochs})
-        _, reports = start_training(backbone, prepared, config)
-        return (r.evaluation.score for r in reports if r.evaluation is not None)
-
-    def on_trial(trial: Trial, done: int) -> None:
-        progress(f"trial {trial.number} {trial.summary()}", done, settings.search.n_trials)
-
-    outcome = study.run(scores, on_trial)
+    outcome = _run(study, settings, paths, prepared, backbone, progress, "trial")
     result = SearchResult(
         task=settings.name,
         metric=prepared.task.metric,
@@ -100,12 +99,119 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         study=study.name,
         n_trials=outcome.counts,
         train=outcome.best.changes,
+        screen=screen.agreement(study.finished()) if screen else None,
     )
     with replace_directory(paths.search) as folder:
-        write_json_atomic(folder / BEST_FILE, vars(result))
+        write_json_atomic(folder / BEST_FILE, asdict(result))
         study.write_trials(folder / "trials.csv")
         study.write_plots(folder / "search.html", task=settings.name, metric=result.metric)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How well a screen told what the full trainings then gave.
+
+    Attributes:
+        layers: Top layers that had a prompt in the screen.
+        n_trials: Trials of the screen by outcome.
+        compared: Settings that were trained both ways to the end.
+        rank_correlation: Spearman's, of their best scores; none for fewer than three, or where one
+            side is all equal.
+    """
+
+    layers: int
+    n_trials: dict[str, int]
+    compared: int
+    rank_correlation: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """A finished screen: its trials, best first."""
+
+    layers: int
+    keep: int
+    counts: dict[str, int]
+    trials: list[Trial]
+
+    @property
+    def kept(self) -> list[Trial]:
+        """The trials that the search begins with."""
+        return self.trials[: self.keep]
+
+    def agreement(self, full: Sequence[Trial]) -> Agreement:
+        """Compare the screen's scores with those of the same settings at full depth."""
+        pairs = [
+            (ours.value, theirs.value)
+            for ours in self.trials
+            for theirs in full
+            if theirs.state == "complete" and theirs.params == ours.params
+        ]
+        return Agreement(
+            layers=self.layers,
+            n_trials=self.counts,
+            compared=len(pairs),
+            rank_correlation=rank_correlation(pairs),
+        )
+
+
+def rank_correlation(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Return Spearman's rank correlation; none for fewer than three, or where one side is flat."""
+    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    if len(pairs) < 3 or len(set(ours)) == 1 or len(set(theirs)) == 1:
+        return None
+    return float(spearmanr(ours, theirs).statistic)
+
+
+def _screen(
+    settings: TaskSettings,
+    paths: TaskPaths,
+    prepared: Prepared,
+    backbone: Backbone,
+    name: str,
+    progress: Progress,
+) -> Screen | None:
+    """Run the screen that the settings ask for, or go on with it."""
+    chosen = settings.search.screen
+    if chosen is None:
+        return None
+    cheap = replace(
+        settings,
+        train=overlay(settings.train, {"prompt": {"layers": chosen.layers}}),
+        search=settings.search.model_copy(update={"n_trials": chosen.n_trials, "screen": None}),
+    )
+    study = Study(
+        database=paths.study,
+        name=f"{name}-screen",
+        search=cheap.search,
+        baseline=_baseline(settings),
+    )
+    what = f"screen of the top {chosen.layers} layers, trial"
+    outcome = _run(study, cheap, paths, prepared, backbone, progress, what)
+    complete = [trial for trial in study.finished() if trial.state == "complete"]
+    ranked = sorted(complete, key=lambda trial: -(trial.value or 0.0))
+    return Screen(layers=chosen.layers, keep=chosen.keep, counts=outcome.counts, trials=ranked)
+
+
+def _run(
+    study: Study,
+    settings: TaskSettings,
+    paths: TaskPaths,
+    prepared: Prepared,
+    backbone: Backbone,
+    progress: Progress,
+    what: str,
+) -> Outcome:
+    """Bring a study to its number of trials."""
+
+    def on_trial(trial: Trial, done: int) -> None:
+        progress(f"{what} {trial.number} {trial.summary()}", done, settings.search.n_trials)
+
+    if len(study.finished()) >= settings.search.n_trials:
+        return study.outcome()  # nothing to train: no process is started
+    with open_lanes(settings, paths, prepared, backbone) as lanes:
+        return study.run(lanes, on_trial)
 
 
 def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -> str:
@@ -134,6 +240,7 @@ def _baseline(settings: TaskSettings) -> dict[str, Any]:
         "learning_rate": train.learning_rate,
         "reparameterization": train.prompt.reparameterization,
         "prompt_dropout": train.prompt.dropout,
+        "prompt_layers": train.prompt.layers,
     }
     searched = settings.search.space.model_dump(exclude_none=True)
     return {name: value for name, value in values.items() if name in searched}
@@ -153,4 +260,5 @@ def _check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared)
     limits = settings.search.space.prompt_length
     longest = limits[1] if limits else settings.train.prompt.length
     setting = "search.space.prompt_length" if limits else "train.prompt.length"
-    check_positions(backbone, longest, list(prepared.splits.values()), setting=setting)
+    prompt = replace(settings.train.prompt, length=longest)
+    check_positions(backbone, prompt, list(prepared.splits.values()), setting=setting)

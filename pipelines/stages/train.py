@@ -4,12 +4,13 @@ import json
 import platform
 import resource
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipelines.dag import git_commit
 from pipelines.paths import TaskPaths
@@ -17,7 +18,13 @@ from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
 from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.search import BEST_FILE
-from pipelines.stages.training import backbone_for, overlay, start_training
+from pipelines.stages.training import (
+    backbone_for,
+    joined_team,
+    overlay,
+    start_training,
+    trunk_cache,
+)
 from pipelines.tables import csv_text
 from ptv2_core.artifact import Weights, restore_model, save_artifact
 from ptv2_core.config import TrainConfig
@@ -27,6 +34,8 @@ from ptv2_core.files import replace_directory, write_json_atomic, write_text_ato
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.training.checkpoint import Checkpoint
+from ptv2_core.training.fit import EpochRecord
 from ptv2_core.training.start import resolve_head
 
 GOLDEN_INPUTS = 4
@@ -44,6 +53,7 @@ class TrainResult:
         epochs: Epochs that ran.
         seconds: Of training, evaluation on dev included.
         peak_memory_bytes: The process's largest resident size.
+        peak_device_memory_bytes: The most that tensors took on a CUDA card; none without one.
         trainable_parameters: Of the saved prompt and head.
         trainable_share: Of the prompt in the backbone's parameters.
         precision: Number format of the frozen weights.
@@ -55,6 +65,7 @@ class TrainResult:
     epochs: int
     seconds: float
     peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
     trainable_parameters: int
     trainable_share: float
     precision: str
@@ -63,55 +74,68 @@ class TrainResult:
 def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -> TrainResult:
     """Train, and write `prompts/TASK` and `results/TASK/train`.
 
+    A killed training goes on from its checkpoint and ends with the same bytes. Under torchrun the
+    processes divide every batch, and the first of them writes.
+
     Raises:
         ConfigError: The prompt is longer than the backbone's positions allow.
         PipelineError: Search has not run.
-        TrainingError: The loss was not finite.
+        TrainingError: The loss was not finite, or the checkpoint is damaged.
     """
     prepared = Prepared.load(paths.prepared)
     best_file = paths.require(paths.search / BEST_FILE, "search")
     best: dict[str, Any] = json.loads(best_file.read_text(encoding="utf-8"))
     config = overlay(settings.train, best.get("train", {}))
-    backbone = backbone_for(settings, prepared)
-    model, reports = start_training(backbone, prepared, config)
-    started = time.monotonic()
-    history: list[dict[str, Any]] = []
-    for report in reports:
-        if report.evaluation is not None:
-            history.append(
-                {
-                    "epoch": report.epoch,
-                    "train_loss": report.train_loss,
-                    "dev_loss": report.evaluation.loss,
-                    "dev_score": report.evaluation.score,
-                    "learning_rate": report.learning_rate,
-                    "is_best": int(report.is_best),
-                    "seconds": time.monotonic() - started,
-                }
-            )
-        dev = f", dev {history[-1]['dev_score']:.4f}" if history else ""
-        what = f"epoch {report.epoch} loss {report.train_loss:.4f}{dev}"
-        progress(what, report.step, report.total_steps)
+    with joined_team(settings.backbone.device) as team:
+        backbone = backbone_for(settings, prepared)
+        checkpoint = Checkpoint(paths.checkpoint, every_s=settings.run.checkpoint_s)
+        model, reports = start_training(
+            backbone,
+            prepared,
+            config,
+            trunk=trunk_cache(settings, paths),
+            checkpoint=checkpoint,
+            team=team,
+        )
+        for report in reports:
+            what = f"epoch {report.epoch} loss {report.train_loss:.4f}"
+            if report.history:
+                what += f", dev {report.history[-1].dev_score:.4f}"
+            if report.is_resumed:
+                what += ", going on from the checkpoint"
+            progress(what, report.step, report.total_steps)
     weights = Weights.of(model)
-    chosen = [row for row in history if row["is_best"]][-1]
-    result = TrainResult(
+    result = _result(prepared, backbone, weights, report.history)
+    if team is None or team.rank == 0:
+        with replace_directory(paths.train) as folder:
+            write_json_atomic(folder / "metrics.json", asdict(result))
+            write_text_atomic(folder / "history.csv", _history_csv(report.history))
+        _save(settings, paths, prepared, backbone, config, best, weights, result)
+        checkpoint.remove()
+    return result
+
+
+def _result(
+    prepared: Prepared, backbone: Backbone, weights: Weights, history: Sequence[EpochRecord]
+) -> TrainResult:
+    chosen = [record for record in history if record.is_best][-1]
+    return TrainResult(
         metric=prepared.task.metric,
-        dev=chosen["dev_score"],
-        best_epoch=chosen["epoch"],
+        dev=chosen.dev_score,
+        best_epoch=chosen.epoch,
         epochs=len(history),
-        seconds=history[-1]["seconds"],
+        seconds=history[-1].seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_device_memory_bytes=peak_device_memory_bytes(backbone.device),
         trainable_parameters=sum(tensor.numel() for tensor in weights.named().values()),
         trainable_share=weights.prompt.numel() / backbone.spec.num_parameters,
         precision=str(backbone.dtype).removeprefix("torch."),
     )
-    with replace_directory(paths.train) as folder:
-        write_json_atomic(folder / "metrics.json", asdict(result))
-        write_text_atomic(
-            folder / "history.csv", csv_text(history[0], [row.values() for row in history])
-        )
-    _save(settings, paths, prepared, backbone, config, best, weights, result)
-    return result
+
+
+def _history_csv(history: Sequence[EpochRecord]) -> str:
+    rows = [{**asdict(record), "is_best": int(record.is_best)} for record in history]
+    return csv_text(rows[0], [row.values() for row in rows])
 
 
 def _save(
@@ -176,3 +200,8 @@ def peak_memory_bytes() -> int:
     """Return the largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """Return the most that tensors have taken on a CUDA card so far; none for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

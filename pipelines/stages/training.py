@@ -1,18 +1,25 @@
 """What search, train and evaluate share: the backbone of the settings, and one training."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from pipelines.settings import TaskSettings
+import torch
+
+from pipelines.paths import TaskPaths
+from pipelines.settings import TaskSettings, read_environment
 from pipelines.stages.prepare import Prepared
-from ptv2_core.config import TrainConfig
+from ptv2_core.config import Device, TrainConfig
 from ptv2_core.errors import DataError
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.loading import choose_device, load_backbone
 from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.prompted import PromptedModel
+from ptv2_core.parallel import Team
+from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import TrainReport, fit
 from ptv2_core.training.start import check_positions, new_model
+from ptv2_core.training.trunk import TrunkCache
 
 
 def backbone_for(settings: TaskSettings, prepared: Prepared) -> Backbone:
@@ -47,18 +54,61 @@ def overlay(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(values)
 
 
+@contextmanager
+def joined_team(device: Device) -> Iterator[Team | None]:
+    """Join the processes that torchrun started, for the time of a training.
+
+    Args:
+        device: On `cuda` or `auto` each process takes the card of its local rank.
+
+    Yields:
+        The team; None where this process is alone.
+    """
+    process = read_environment()
+    if process.world_size is None or process.world_size == 1:
+        yield None
+        return
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(process.local_rank)
+    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Team(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def trunk_cache(settings: TaskSettings, paths: TaskPaths) -> TrunkCache | None:
+    """Return the workspace's trunk cache; None where the settings give it no room."""
+    limit = int(settings.run.trunk_cache_gb * 1e9)
+    return TrunkCache(paths.trunk, limit_bytes=limit) if limit else None
+
+
 def start_training(
-    backbone: Backbone, prepared: Prepared, config: TrainConfig
+    backbone: Backbone,
+    prepared: Prepared,
+    config: TrainConfig,
+    *,
+    trunk: TrunkCache | None = None,
+    checkpoint: Checkpoint | None = None,
+    team: Team | None = None,
 ) -> tuple[PromptedModel, Iterator[TrainReport]]:
-    """Return a new model and the generator that trains it.
+    """Return a new model and the generator that trains it; the last three as for `fit`.
 
     Raises:
         ConfigError: The prompt is longer than the backbone's positions allow.
     """
     splits = prepared.splits
-    check_positions(backbone, config.prompt.length, list(splits.values()))
+    check_positions(backbone, config.prompt, list(splits.values()))
     model = new_model(backbone, prepared.task, config, splits["train"])
     reports = fit(
-        model, task=prepared.task, train=splits["train"], dev=splits["dev"], config=config
+        model,
+        task=prepared.task,
+        train=splits["train"],
+        dev=splits["dev"],
+        config=config,
+        trunk=trunk,
+        checkpoint=checkpoint,
+        team=team,
     )
     return model, reports

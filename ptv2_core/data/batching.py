@@ -38,6 +38,19 @@ class Batch:
     labels: Tensor | None
     word_index: Tensor
 
+    def take(self, places: LongArray) -> "Batch":
+        """Return some rows, `places` in this batch, at the same width."""
+        index = torch.from_numpy(places)
+        types, labels = self.token_type_ids, self.labels
+        return Batch(
+            rows=self.rows[places],
+            input_ids=self.input_ids[index],
+            token_mask=self.token_mask[index],
+            token_type_ids=None if types is None else types[index],
+            labels=None if labels is None else labels[index],
+            word_index=self.word_index[index],
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with what the model reads on `device`."""
         types, labels = self.token_type_ids, self.labels

@@ -7,12 +7,15 @@ The prompts of a batch travel as one keyword argument of the backbone's forward 
 with every layer's call, so nothing is kept on a module between two calls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from ptv2_core.model.prompts import LayerPrompt
 
 ATTENTION_NAME = "ptv2"
 
@@ -22,16 +25,40 @@ class PromptBatch:
     """The prompts of one batch, for every layer.
 
     Attributes:
-        keys: `[L, B or 1, N, P, D]`; one row stands for all rows.
-        values: Like `keys`.
-        mask: `[B, 1, 1, S]`, 0 where a key is seen and minus infinity where not; None: all seen.
+        layers: Each layer's keys and values; None where no row has a prompt.
+        masks: For each layer `[B, 1, 1, S]`, 0 where a key is seen and minus infinity where not;
+            None: all are seen.
         captured: Where given, every layer appends its own tokens' keys and values to it.
     """
 
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
+    layers: Sequence[LayerPrompt | None]
+    masks: Sequence[Tensor | None]
     captured: list[tuple[Tensor, Tensor]] | None = field(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[LayerPrompt | None],
+        token_mask: Tensor,
+        captured: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> "PromptBatch":
+        """Make the masks of each layer, one for layers that are alike.
+
+        Args:
+            layers: As above.
+            token_mask: `[B, T]`, true at real tokens.
+            captured: As above.
+        """
+        made: dict[tuple[int, int], Tensor | None] = {}
+        masks = []
+        for layer in layers:
+            length = 0 if layer is None else layer.keys.shape[2]
+            own = None if layer is None else layer.mask
+            alike = (length, id(own))
+            if alike not in made:
+                made[alike] = additive_mask(token_mask, own, length)
+            masks.append(made[alike])
+        return cls(layers=layers, masks=masks, captured=captured)
 
 
 def additive_mask(
@@ -79,22 +106,23 @@ def prompted_attention(
     """
     if prompts.captured is not None:
         prompts.captured.append((key.detach(), value.detach()))
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if prompts.keys.shape[3] > 0:
+    place = int(module.layer_idx)  # type: ignore[arg-type]
+    prompt, mask = prompts.layers[place], prompts.masks[place]
+    if prompt is not None:
         rows = query.shape[0]
-        key = torch.cat([prompts.keys[layer].expand(rows, -1, -1, -1), key], dim=2)
-        value = torch.cat([prompts.values[layer].expand(rows, -1, -1, -1), value], dim=2)
+        key = torch.cat([prompt.keys.expand(rows, -1, -1, -1), key], dim=2)
+        value = torch.cat([prompt.values.expand(rows, -1, -1, -1), value], dim=2)
     if query.device.type == "cpu":
         # torch's bf16 SDPA on CPU is 2 to 5 times slower than two products and a softmax
         scores = (query * scaling) @ key.transpose(2, 3)  # [B, N, T, S]
-        if prompts.mask is not None:
-            scores = scores + prompts.mask
+        if mask is not None:
+            scores = scores + mask
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
         output = nn.functional.dropout(weights, dropout, training=dropout > 0.0) @ value
     else:
-        mask = None if prompts.mask is None else prompts.mask.to(query.dtype)
+        bias = None if mask is None else mask.to(query.dtype)
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling
         )
     return output.transpose(1, 2), None  # [B, N, T, D] -> [B, T, N, D]
 

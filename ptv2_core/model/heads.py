@@ -33,15 +33,12 @@ def read(encoded: Encoded, reads: Reading) -> Tensor:
 
 
 class LinearHead(nn.Module):
-    """Dropout and one linear layer over what `reads` names."""
+    """One linear layer over what `reads` names."""
 
-    def __init__(
-        self, hidden_size: int, num_classes: int, *, reads: Reading, dropout: float, seed: int
-    ) -> None:
+    def __init__(self, hidden_size: int, num_classes: int, *, reads: Reading, seed: int) -> None:
         """Draw the layer from `seed`: N(0, 0.02) weights, zero bias, as encoders start theirs."""
         super().__init__()
         self.reads: Reading = reads
-        self.dropout = nn.Dropout(dropout)
         # not nn.Linear(): that would draw from the global random state
         self.linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
             nn.Linear, hidden_size, num_classes
@@ -51,10 +48,21 @@ class LinearHead(nn.Module):
             self.linear.weight.normal_(0.0, 0.02, generator=generator)
             self.linear.bias.zero_()
 
-    def forward(self, encoded: Encoded) -> Tensor:
-        """Return logits `[B, C]`, or `[B, T, C]` where each token is read."""
-        logits: Tensor = self.linear(self.dropout(read(encoded, self.reads)))
+    def forward(self, encoded: Encoded, keep: Tensor | None = None) -> Tensor:
+        """Return logits `[B, C]`, or `[B, T, C]` where each token is read.
+
+        Args:
+            encoded: The backbone's output.
+            keep: Of the shape of what is read: what dropout leaves of it; None leaves all.
+        """
+        states = read(encoded, self.reads)
+        logits: Tensor = self.linear(states if keep is None else states * keep)
         return logits
+
+
+def reads_first_token(reads: Reading) -> bool:
+    """Tell whether a head reads nothing but what the first token gives."""
+    return reads in ("cls", "pooler")
 
 
 def reading_for(kind: TaskKind, reads: Literal["cls", "pooler", "mean"]) -> Reading:

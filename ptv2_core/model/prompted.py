@@ -3,14 +3,16 @@
 Letters: B rows, T tokens, H hidden size, C classes, K slots.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ptv2_core.model.attention import PromptBatch, additive_mask
-from ptv2_core.model.backbones.base import Backbone, Encoded
-from ptv2_core.model.heads import LinearHead
+from ptv2_core.config import PromptConfig
+from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.backbones.base import Backbone, Encoded, Trunk
+from ptv2_core.model.heads import LinearHead, reads_first_token
 from ptv2_core.model.prompts import NO_SLOT, PromptBank
 
 
@@ -19,8 +21,38 @@ def is_trainable_name(name: str) -> bool:
     return name.startswith(("bank.", "heads."))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows that all belong to one slot, padded on the right.
+
+    Attributes:
+        slot: Whose prompt and head answer them.
+        input_ids: `[B, T]`.
+        token_mask: `[B, T]`, true at real tokens.
+        token_type_ids: `[B, T]`, or None where all are zero.
+        trunk: What layers below the slot's first prompt give; None computes it.
+        prompt_keep: What dropout leaves of the prompt, of its shape; None leaves all.
+        head_keep: What dropout leaves of what the head reads, of its shape; None leaves all.
+    """
+
+    slot: int
+    input_ids: Tensor
+    token_mask: Tensor
+    token_type_ids: Tensor | None = None
+    trunk: Trunk | None = None
+    prompt_keep: Tensor | None = None
+    head_keep: Tensor | None = None
+
+
 class PromptedModel(nn.Module):
-    """A frozen backbone that answers with the prompt and head of each row's slot."""
+    """A frozen backbone that answers with the prompt and head of each row's slot.
+
+    Attributes:
+        trims_last_layer: Whether the last layer computes the first token alone where no head reads
+            more. The answers are the same; a benchmark shows what it saves.
+    """
+
+    trims_last_layer = True
 
     def __init__(self, backbone: Backbone, bank: PromptBank, heads: Sequence[LinearHead]) -> None:
         """Freeze the backbone; slot k has prompt k and head k.
@@ -34,12 +66,26 @@ class PromptedModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trainable_name(name))
 
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the named parameters that are trained."""
-        return ((n, p) for n, p in self.named_parameters() if is_trainable_name(n))
+    def trainable(self, slot: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the named parameters that are trained: of one slot, or of all."""
+        own = () if slot is None else (f"bank.slots.{slot}.", f"heads.{slot}.")
+        return (
+            (name, parameter)
+            for name, parameter in self.named_parameters()
+            if is_trainable_name(name) and (slot is None or name.startswith(own))
+        )
+
+    def put(self, slot: int, prompt: nn.Module, config: PromptConfig, head: LinearHead) -> None:
+        """Give a slot another prompt and head, or make it if it is the next one."""
+        device = self.backbone.device
+        self.bank.put(slot, prompt.to(device), config)
+        if slot == len(self.heads):
+            self.heads.append(head.to(device))
+        else:
+            self.heads[slot] = head.to(device)
 
     def train(self, mode: bool = True) -> "PromptedModel":
-        """Switch prompts and heads; the backbone stays without dropout, which trains better."""
+        """Switch prompts and heads; the backbone drops out in `Backbone.dropout` alone."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -51,6 +97,10 @@ class PromptedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         slots: Tensor | int = 0,
+        trunk: Trunk | None = None,
+        prompt_keep: Mapping[int, Tensor] | None = None,
+        first_token_only: bool = False,
+        recompute: bool = False,
         captured: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Encoded:
         """Run the backbone once for rows of any slots.
@@ -60,21 +110,60 @@ class PromptedModel(nn.Module):
             token_mask: `[B, T]`, true at real tokens.
             token_type_ids: `[B, T]`; None: all zero.
             slots: One slot for all rows, or `[B]` with a slot per row; -1 sees the bare backbone.
+            trunk: Where to begin; None begins at the tokens.
+            prompt_keep: What dropout leaves of a slot's prompt.
+            first_token_only: Whether only the first token's states are wanted.
+            recompute: Whether activations are computed again in the backward pass, not kept.
             captured: Where given, receives every layer's keys and values of the tokens.
         """
         if not len(self.bank) and isinstance(slots, int):
             slots = NO_SLOT
-        gathered = self.bank.gather(slots, input_ids.device)
-        prompts = gathered.prompts.to(self.backbone.dtype)
-        batch = PromptBatch(
-            keys=prompts[:, 0],
-            values=prompts[:, 1],
-            mask=additive_mask(token_mask, gathered.mask, prompts.shape[4]),
-            captured=captured,
+        backbone = self.backbone
+        gathered = self.bank.gather(slots, backbone.device, backbone.dtype, keep=prompt_keep)
+        return backbone.encode(
+            input_ids,
+            token_mask,
+            token_type_ids,
+            shifts=gathered.shifts,
+            prompts=PromptBatch.of(gathered.layers, token_mask, captured),
+            trunk=trunk,
+            first_token_only=first_token_only,
+            recompute=recompute,
         )
-        return self.backbone.encode(
-            input_ids, token_mask, token_type_ids, shifts=gathered.shifts, prompts=batch
+
+    def answer(self, parts: Sequence[Part], *, recompute: bool = False) -> list[Tensor]:
+        """Answer the rows of several slots in one forward.
+
+        Args:
+            parts: One for each slot that has rows. Only trunks of the same depth can be used.
+            recompute: Whether activations are computed again in the backward pass, not kept.
+
+        Returns:
+            Each part's logits, `[B, C]` or `[B, T, C]`.
+        """
+        whole = _join(parts)
+        heads = [self.heads[part.slot] for part in parts]
+        slots: Tensor | int = parts[0].slot
+        if len(parts) > 1:
+            slots = torch.tensor([part.slot for part in parts for _ in range(len(part.input_ids))])
+        encoded = self.encode(
+            whole.input_ids,
+            whole.token_mask,
+            whole.token_type_ids,
+            slots=slots,
+            trunk=whole.trunk,
+            prompt_keep={p.slot: p.prompt_keep for p in parts if p.prompt_keep is not None},
+            first_token_only=self.trims_last_layer
+            and all(reads_first_token(head.reads) for head in heads),  # type: ignore[arg-type]
+            recompute=recompute,
         )
+        answers, start = [], 0
+        for part, head in zip(parts, heads, strict=True):
+            rows, width = part.input_ids.shape
+            own = encoded if len(parts) == 1 else encoded.part(start, rows, width)
+            answers.append(head(own, part.head_keep))
+            start += rows
+        return answers
 
     def forward(
         self,
@@ -83,11 +172,17 @@ class PromptedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         slot: int = 0,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Return logits `[B, C]` or `[B, T, C]` of rows that all belong to one slot."""
-        encoded = self.encode(input_ids, token_mask, token_type_ids, slots=slot)
-        logits: Tensor = self.heads[slot](encoded)
-        return logits
+        part = Part(
+            slot=slot,
+            input_ids=input_ids,
+            token_mask=token_mask,
+            token_type_ids=token_type_ids,
+            trunk=trunk,
+        )
+        return self.answer([part])[0]
 
     def mixed(
         self,
@@ -111,6 +206,44 @@ class PromptedModel(nn.Module):
             for row, answer in zip(rows.tolist(), logits, strict=True):
                 results[row] = answer
         return results
+
+
+def _join(parts: Sequence[Part]) -> Part:
+    """Put the rows of all parts under each other, padded to the widest."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        # [B, T] or [B, T, H] -> padded in T
+        padded = [
+            nn.functional.pad(one, (0, 0) * (one.dim() - 2) + (0, width - one.shape[1]))
+            for one in tensors
+        ]
+        return torch.cat(padded)
+
+    types = None
+    if any(part.token_type_ids is not None for part in parts):
+        types = joined(
+            [
+                torch.zeros_like(part.input_ids)
+                if part.token_type_ids is None
+                else part.token_type_ids
+                for part in parts
+            ]
+        )
+    trunk = None
+    trunks = [part.trunk for part in parts if part.trunk is not None]
+    if len(trunks) == len(parts) and len({one.num_layers for one in trunks}) == 1:
+        hidden = joined([one.hidden for one in trunks])
+        trunk = Trunk(hidden=hidden, num_layers=trunks[0].num_layers)
+    return Part(
+        slot=NO_SLOT,
+        input_ids=joined([part.input_ids for part in parts]),
+        token_mask=joined([part.token_mask for part in parts]),
+        token_type_ids=types,
+        trunk=trunk,
+    )
 
 
 @torch.no_grad()

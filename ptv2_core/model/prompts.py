@@ -4,8 +4,8 @@ Letters: B rows, T tokens, P prompt length, L layers, N key/value heads, D head 
 size, K slots.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,35 +79,54 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
 def make_prompt(
     shape: PromptShape, config: PromptConfig, *, seed: int, start: Tensor | None = None
 ) -> EmbeddingPrompt | MlpPrompt:
-    """Make one slot's prompt.
+    """Make one slot's prompt, for the layers that `config` names.
 
     Args:
         shape: L, N and D of the backbone.
-        config: Length, reparameterization and start.
+        config: Length, layers, reparameterization and start.
         seed: Of the random start.
-        start: `[L, 2, N, P, D]` to begin with; only an `embedding` can begin at a given place.
+        start: `[L, 2, N, P, D]` to begin with, for all layers of the backbone; only an
+            `embedding` can begin at a given place.
+
+    Raises:
+        ConfigError: `config` names a layer that the backbone does not have.
     """
+    layers = config.layer_indices(shape.num_layers)
+    own = replace(shape, num_layers=len(layers))
     generator = torch.Generator().manual_seed(seed)
     if config.reparameterization == "mlp":
-        return MlpPrompt(shape, config.length, config.mlp_hidden, generator)
-    if start is None:
-        size = (shape.num_layers, 2, shape.num_heads, config.length, shape.head_size)
-        start = torch.randn(size, generator=generator) * config.start_std
-    return EmbeddingPrompt(start)
+        return MlpPrompt(own, config.length, config.mlp_hidden, generator)
+    if start is not None:
+        return EmbeddingPrompt(start[list(layers)])
+    size = (own.num_layers, 2, own.num_heads, config.length, own.head_size)
+    return EmbeddingPrompt(torch.randn(size, generator=generator) * config.start_std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPrompt:
+    """What one layer sees of a batch's prompts, padded to the longest.
+
+    Attributes:
+        keys: `[B or 1, N, P, D]`; one row stands for all rows.
+        values: Like `keys`.
+        mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """The prompts of a batch's rows, padded to the longest.
+    """The prompts of a batch's rows.
 
     Attributes:
-        prompts: `[L, 2, B or 1, N, P, D]`; one row stands for all rows.
-        mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
+        layers: One for each layer of the backbone; None where no row has a prompt.
         shifts: `[B or 1]`, the positions by which the row's tokens are shifted.
     """
 
-    prompts: Tensor
-    mask: Tensor | None
+    layers: Sequence[LayerPrompt | None]
     shifts: Tensor
 
 
@@ -127,59 +146,122 @@ class PromptBank(nn.Module):
         """Return K."""
         return len(self.slots)
 
-    def prompt(self, slot: int) -> Tensor:
-        """Return slot's prompt `[L, 2, N, P, D]`, with dropout in a training step."""
+    def put(self, slot: int, prompt: nn.Module, config: PromptConfig) -> None:
+        """Give a slot another prompt, or make it if it is the next one."""
+        if slot == len(self):
+            self.configs.append(config)
+            self.slots.append(prompt)
+        else:
+            self.configs[slot] = config
+            self.slots[slot] = prompt
+
+    def layers(self, slot: int) -> tuple[int, ...]:
+        """Return the layers in which a slot has a prompt, lowest first; none without a slot."""
+        if slot == NO_SLOT:
+            return ()
+        return self.configs[slot].layer_indices(self.shape.num_layers)
+
+    def first_layer(self, slot: int) -> int:
+        """Return the lowest layer with a prompt: below it, all slots see the bare backbone."""
+        return min(self.layers(slot), default=self.shape.num_layers)
+
+    def prompt(self, slot: int, keep: Tensor | None = None) -> Tensor:
+        """Return a slot's prompt `[its layers, 2, N, P, D]`.
+
+        Args:
+            slot: Which.
+            keep: Of the same shape: what dropout leaves of each element; None leaves all.
+        """
         prompt: Tensor = self.slots[slot]()
-        return nn.functional.dropout(prompt, self.configs[slot].dropout, training=self.training)
+        return prompt if keep is None else prompt * keep
 
     def flatten(self, slot: int) -> Tensor:
-        """Return what is saved: the slot's prompt `[L, 2, N, P, D]`, detached, fp32, on the CPU."""
+        """Return what is saved: `[its layers, 2, N, P, D]`, detached, fp32, on the CPU."""
         with torch.no_grad():
             flat: Tensor = self.slots[slot]()
         return flat.detach().float().cpu().contiguous()
 
-    def gather(self, slots: Tensor | int, device: torch.device) -> Gathered:
+    def shift(self, slot: int) -> int:
+        """Return by how many positions the slot's tokens are shifted; 0 without a slot.
+
+        Positions make room for a prompt that stands before the tokens in the lowest layer. With
+        none there, what lies below the first prompt is the bare backbone, equal for all prompts.
+        """
+        if slot == NO_SLOT or not self.configs[slot].shift_positions or self.first_layer(slot):
+            return 0
+        return self.configs[slot].length
+
+    def gather(
+        self,
+        slots: Tensor | int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        keep: Mapping[int, Tensor] | None = None,
+    ) -> Gathered:
         """Collect the prompts for rows.
 
         Args:
             slots: One slot for all rows, or `[B]` with a slot per row; -1 is a row without one.
             device: Where the result is wanted.
+            dtype: In which number format.
+            keep: What dropout leaves of a slot's prompt, as for `prompt`.
         """
-        if isinstance(slots, int):
-            return self._one(slots, device)
-        named: list[int] = slots.tolist()
+        keep = keep or {}
+        named: list[int] = [slots] if isinstance(slots, int) else slots.tolist()
         unique = sorted(set(named))
         if len(unique) == 1:
-            return self._one(unique[0], device)
-        longest = max(self._length(slot) for slot in unique)
-        padded = torch.stack([self._padded(slot, longest, device) for slot in unique])
+            return self._one(unique[0], device, dtype, keep)
+        prompts = {
+            slot: self.prompt(slot, keep.get(slot)).to(dtype) for slot in unique if slot != NO_SLOT
+        }
+        layers: list[LayerPrompt | None] = [None] * self.shape.num_layers
         index = torch.tensor([unique.index(slot) for slot in named], device=device)
-        # [U, L, 2, N, P, D] -> [B, L, 2, N, P, D] -> [L, 2, B, N, P, D]
-        prompts = padded.index_select(0, index).permute(1, 2, 0, 3, 4, 5)
-        lengths = torch.tensor([self._length(slot) for slot in named], device=device)
+        if prompts:
+            union = sorted({layer for slot in prompts for layer in self.layers(slot)})
+            longest = max(self.configs[slot].length for slot in prompts)
+            stack = torch.stack(
+                [
+                    self._padded(prompts.get(slot), slot, union, longest).to(device, dtype)
+                    for slot in unique
+                ]
+            )
+            rows = stack.index_select(0, index)  # [U, ...] -> [B, union, 2, N, P, D]
+            masks: dict[tuple[int, ...], Tensor] = {}
+            for place, (layer, pair) in enumerate(zip(union, rows.unbind(1), strict=True)):
+                keys, values = pair.unbind(1)
+                lengths = tuple(
+                    self.configs[slot].length if union[place] in self.layers(slot) else 0
+                    for slot in named
+                )
+                if lengths not in masks:
+                    own = torch.tensor(lengths, device=device)
+                    masks[lengths] = torch.arange(longest, device=device)[None] < own[:, None]
+                layers[layer] = LayerPrompt(keys=keys, values=values, mask=masks[lengths])
         shifts = torch.tensor([self.shift(slot) for slot in named], device=device)
-        mask = torch.arange(longest, device=device)[None, :] < lengths[:, None]  # [B, P]
-        return Gathered(prompts=prompts, mask=mask, shifts=shifts)
+        return Gathered(layers=layers, shifts=shifts)
 
-    def _one(self, slot: int, device: torch.device) -> Gathered:
-        shifts = torch.tensor([self.shift(slot)], device=device)
-        prompts = self._padded(slot, self._length(slot), device)
-        return Gathered(prompts=prompts[:, :, None], mask=None, shifts=shifts)
+    def _one(
+        self, slot: int, device: torch.device, dtype: torch.dtype, keep: Mapping[int, Tensor]
+    ) -> Gathered:
+        layers: list[LayerPrompt | None] = [None] * self.shape.num_layers
+        if slot != NO_SLOT:
+            prompt = self.prompt(slot, keep.get(slot)).to(device, dtype)
+            # unbind, not indexing: its gradient is one stack, not a sum of L padded tensors
+            for layer, pair in zip(self.layers(slot), prompt[:, :, None].unbind(0), strict=True):
+                keys, values = pair.unbind(0)
+                layers[layer] = LayerPrompt(keys=keys, values=values, mask=None)
+        return Gathered(layers=layers, shifts=torch.tensor([self.shift(slot)], device=device))
 
-    def _length(self, slot: int) -> int:
-        return 0 if slot == NO_SLOT else self.configs[slot].length
-
-    def shift(self, slot: int) -> int:
-        """Return by how many positions the slot's tokens are shifted; 0 without a slot."""
-        if slot == NO_SLOT or not self.configs[slot].shift_positions:
-            return 0
-        return self.configs[slot].length
-
-    def _padded(self, slot: int, length: int, device: torch.device) -> Tensor:
-        """Return slot's prompt with its positions padded by zeros to `[L, 2, N, length, D]`."""
+    def _padded(self, prompt: Tensor | None, slot: int, union: list[int], length: int) -> Tensor:
+        """Return a slot's prompt as `[union, 2, N, length, D]`, zero where it has none."""
         shape = self.shape
-        if slot == NO_SLOT:
-            size = (shape.num_layers, 2, shape.num_heads, length, shape.head_size)
-            return torch.zeros(size, device=device)
-        missing = length - self.configs[slot].length
-        return nn.functional.pad(self.prompt(slot), (0, 0, 0, missing))
+        size = (len(union), 2, shape.num_heads, length, shape.head_size)
+        if prompt is None:
+            return torch.zeros(size)
+        padded = nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[3]))
+        own = self.layers(slot)
+        if list(own) == union:
+            return padded
+        places = torch.tensor([union.index(layer) for layer in own], device=padded.device)
+        return padded.new_zeros(size).index_copy(0, places, padded)

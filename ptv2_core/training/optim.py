@@ -1,9 +1,11 @@
 """The optimizer over the trainable names, and the learning rate as a function of the step."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from ptv2_core.config import TrainConfig
-from ptv2_core.model.prompted import PromptedModel
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_fraction: float) -> float:
@@ -20,13 +22,19 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_fraction: float)
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
 
 
-def make_optimizer(model: PromptedModel, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+) -> torch.optim.AdamW:
     """Return AdamW with a group for the prompts and one for the heads.
 
     Each group keeps its peak learning rate under the key `peak`.
+
+    Args:
+        parameters: By their names in the model.
+        config: Learning rates and weight decay.
     """
-    prompts = [p for name, p in model.trainable() if name.startswith("bank.")]
-    heads = [p for name, p in model.trainable() if name.startswith("heads.")]
+    prompts = [p for name, p in parameters.items() if name.startswith("bank.")]
+    heads = [p for name, p in parameters.items() if name.startswith("heads.")]
     head_rate = config.head_learning_rate or config.learning_rate
     groups = [
         {"params": prompts, "lr": config.learning_rate, "peak": config.learning_rate},

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ptv2_core.config import HeadConfig, TrainConfig
+from ptv2_core.config import HeadConfig, PromptConfig, TrainConfig
 from ptv2_core.data.batching import collate
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
@@ -13,7 +13,7 @@ from ptv2_core.errors import ConfigError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.heads import LinearHead, Reading, reading_for
 from ptv2_core.model.prompted import PromptedModel, sample_keys_and_values
-from ptv2_core.model.prompts import PromptBank, make_prompt
+from ptv2_core.model.prompts import EmbeddingPrompt, MlpPrompt, PromptBank, make_prompt
 
 # rows whose words a prompt that starts from the backbone is sampled from
 START_ROWS = 64
@@ -43,7 +43,7 @@ def reading_of(task: TaskSpec, head: HeadConfig, backbone: Backbone) -> Reading:
 
 def check_positions(
     backbone: Backbone,
-    prompt_length: int,
+    prompt: PromptConfig,
     splits: Sequence[EncodedSplit],
     *,
     setting: str = "train.prompt.length",
@@ -52,7 +52,7 @@ def check_positions(
 
     Args:
         backbone: Has the positions.
-        prompt_length: P.
+        prompt: Takes P of them, unless it does not shift the tokens.
         splits: All rows that the prompt will meet.
         setting: Where the length was set, for the message.
 
@@ -61,18 +61,20 @@ def check_positions(
     """
     longest = max(int(split.lengths.max(initial=0)) for split in splits)
     limit = backbone.position_limit
-    if prompt_length + longest > limit:
+    is_lowest = prompt.layer_indices(backbone.spec.shape.num_layers)[0] == 0
+    taken = prompt.length if prompt.shift_positions and is_lowest else 0
+    if taken + longest > limit:
         raise ConfigError(
-            f"{setting}: {prompt_length} prompt positions and {longest} tokens of the "
-            f"longest row need {prompt_length + longest} positions, but {backbone.spec.name} has "
+            f"{setting}: {taken} prompt positions and {longest} tokens of the "
+            f"longest row need {taken + longest} positions, but {backbone.spec.name} has "
             f"{limit}; expected a length of at most {limit - longest}, or lower prepare.max_length"
         )
 
 
-def new_model(
+def new_slot(
     backbone: Backbone, task: TaskSpec, config: TrainConfig, train: EncodedSplit
-) -> PromptedModel:
-    """Return a model with one slot, ready for `fit`.
+) -> tuple[EmbeddingPrompt | MlpPrompt, LinearHead]:
+    """Return a prompt and a head before their first step.
 
     Args:
         backbone: Frozen.
@@ -81,7 +83,7 @@ def new_model(
         train: Rows whose words a `backbone` start is sampled from.
 
     Raises:
-        ConfigError: The head cannot read what it is told to read.
+        ConfigError: The head cannot read what it is told to read, or a layer is not there.
     """
     prompt = make_prompt(
         backbone.spec.shape,
@@ -93,9 +95,16 @@ def new_model(
         backbone.spec.hidden_size,
         len(task.labels),
         reads=reading_of(task, config.head, backbone),
-        dropout=config.head.dropout,
         seed=config.seed,
     )
+    return prompt, head
+
+
+def new_model(
+    backbone: Backbone, task: TaskSpec, config: TrainConfig, train: EncodedSplit
+) -> PromptedModel:
+    """Return a model with one slot, ready for `fit`; arguments and errors as for `new_slot`."""
+    prompt, head = new_slot(backbone, task, config, train)
     return PromptedModel(
         backbone, PromptBank(backbone.spec.shape, [(prompt, config.prompt)]), [head]
     )

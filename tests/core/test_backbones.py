@@ -10,8 +10,15 @@ import torch
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
-from ptv2_core.model.backbones.loading import choose_device, load_backbone
-from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.loading import (
+    choose_device,
+    choose_precision,
+    default_reading,
+    load_backbone,
+    locate_offline,
+    precision_reason,
+)
+from ptv2_core.model.backbones.locating import Location, locate
 from tests.tiny import MODELS, open_backbone, tiny_backbone, without_pooler
 
 Folder = Callable[[str], Path]
@@ -166,3 +173,88 @@ def test_backbone_device_that_is_not_here_is_refused() -> None:
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
     with pytest.raises(BackboneError, match=f"'{absent}' is not on this machine; there is: .*cpu"):
         choose_device(absent)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+def test_backbone_default_reading_is_what_loading_finds(
+    backbone_folder: Folder, model_type: str
+) -> None:
+    folder = backbone_folder(model_type)
+    assert default_reading(locate(str(folder))) == open_backbone(folder).spec.reads
+
+
+def test_backbone_default_reading_refuses_an_unknown_family(tmp_path: Path) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(BackboneError, match="of type 'gpt2', which takes no deep prompts here"):
+        default_reading(locate(str(folder)))
+
+
+def test_backbone_of_a_hub_is_found_offline_once_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model" / "snapshots" / commit
+    assert locate_offline("org/model", commit) is None
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert locate_offline("org/model", commit) is None
+    (snapshot / "model.safetensors").write_bytes(b"")
+    expected = Location(name="org/model", revision=commit, folder=snapshot)
+    assert locate_offline("org/model", commit) == expected
+
+
+def test_backbone_that_is_no_hub_model_is_located_as_ever(backbone_folder: Folder) -> None:
+    folder = str(backbone_folder("bert"))
+    assert locate_offline(folder) == locate(folder)
+    with pytest.raises(BackboneError, match="must be pinned to a commit of 40"):
+        locate_offline("org/model")
+    with pytest.raises(BackboneError, match="is not there; expected one of"):
+        locate_offline("no/such/folder", "0" * 40)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype", "reason"),
+    [
+        (True, True, torch.bfloat16, "this CPU multiplies bf16 in hardware (AVX512-BF16, AMX)"),
+        (False, True, torch.bfloat16, "this CPU multiplies bf16 in hardware (AMX)"),
+        (True, False, torch.bfloat16, "this CPU multiplies bf16 in hardware (AVX512-BF16)"),
+        (False, False, torch.float32, "no bf16 instructions on this CPU (AVX512-BF16, AMX)"),
+    ],
+)
+def test_backbone_precision_of_a_cpu_has_its_reason(
+    avx512: bool, amx: bool, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert choose_precision("auto", CPU) == dtype
+    assert precision_reason("auto", CPU) == f"auto: {reason}"
+    assert precision_reason("fp32", CPU) == "set by backbone.precision"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, "this GPU multiplies bf16 in hardware (compute capability 9.0)"),
+        ((8, 0), torch.bfloat16, "this GPU multiplies bf16 in hardware (compute capability 8.0)"),
+        (
+            (7, 5),
+            torch.float32,
+            "bf16 needs compute capability 8.0, this GPU has 7.5",
+        ),
+    ],
+)
+def test_backbone_precision_of_a_gpu_has_its_reason(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", CUDA) == dtype
+    assert precision_reason("auto", CUDA) == f"auto: {reason}"

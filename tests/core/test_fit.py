@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptv2_core.config import TrainConfig
+from ptv2_core.config import PromptConfig, TrainConfig
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ConfigError, TrainingError
@@ -168,9 +168,12 @@ def test_start_refuses_a_prompt_longer_than_the_positions(backbone_folder: Folde
     split = encode_for(folder, examples_of("classification", 9), task_of())
     longest = int(split.lengths.max())
     fitting = 64 - 1 - longest  # one position is lost to the padding id
-    check_positions(backbone, fitting, [split])
+    check_positions(backbone, PromptConfig(length=fitting), [split])
     with pytest.raises(ConfigError, match=f"expected a length of at most {fitting}"):
-        check_positions(backbone, fitting + 1, [split])
+        check_positions(backbone, PromptConfig(length=fitting + 1), [split])
+    # neither takes a position: the tokens stay where the backbone has them
+    check_positions(backbone, PromptConfig(length=60, shift_positions=False), [split])
+    check_positions(backbone, PromptConfig(length=60, layers=2), [split])
 
 
 def test_start_refuses_to_read_a_pooler_that_is_not_there(tmp_path: Path) -> None:

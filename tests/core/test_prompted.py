@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel
 
 from ptv2_core.config import PromptConfig
-from ptv2_core.model.prompted import PromptedModel, is_trainable_name, sample_keys_and_values
+from ptv2_core.model.prompted import Part, PromptedModel, is_trainable_name, sample_keys_and_values
 from ptv2_core.model.prompts import NO_SLOT, PromptBank
 from tests.core.oracle import encode_row
 from tests.tiny import MODELS, open_backbone, tiny_model
@@ -149,14 +149,41 @@ def test_prompted_flatten_of_mlp_gives_equal_logits(backbone_folder: Folder) -> 
         assert torch.equal(model(ids, mask), flat(ids, mask))
 
 
-def test_prompted_dropout_acts_in_training_alone(backbone_folder: Folder) -> None:
-    model = tiny_model(open_backbone(backbone_folder("bert")), PromptConfig(length=6, dropout=0.5))
+def test_prompted_dropout_leaves_what_it_is_told_to_leave(backbone_folder: Folder) -> None:
+    model = tiny_model(open_backbone(backbone_folder("bert")), PromptConfig(length=6))
     ids, mask = padded(ROWS)
+    prompt_keep = (
+        torch.rand(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(1)) > 0.5
+    ) * 2.0
+    head_keep = (torch.rand(4, 32, generator=torch.Generator().manual_seed(2)) > 0.5) * 2.0
+    dropped = tiny_model(model.backbone, PromptConfig(length=6))
     with torch.no_grad():
-        assert torch.equal(model(ids, mask), model(ids, mask))
-        model.train()
-        assert not torch.equal(model(ids, mask), model(ids, mask))
-    assert not model.backbone.training
+        part = Part(
+            slot=0, input_ids=ids, token_mask=mask, prompt_keep=prompt_keep, head_keep=head_keep
+        )
+        (got,) = model.answer([part])
+        dropped.bank.slots[0].weight.mul_(prompt_keep)
+        states = dropped.encode(ids, mask).hidden[:, 0] * head_keep
+        wanted = states @ model.heads[0].linear.weight.T + model.heads[0].linear.bias
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_prompted_backbone_drops_out_only_where_told(backbone_folder: Folder) -> None:
+    model = tiny_model(open_backbone(backbone_folder("bert")), PromptConfig(length=6))
+    ids, mask = padded(ROWS)
+    model.train()
+    with torch.no_grad():
+        plain = model(ids, mask)
+        assert torch.equal(plain, model(ids, mask))
+        with model.backbone.dropout(3):
+            first = model(ids, mask)
+        with model.backbone.dropout(3):
+            again = model(ids, mask)
+        with model.backbone.dropout(4):
+            other = model(ids, mask)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, plain)
+    assert not torch.equal(first, other)
     assert not any(module.training for module in model.backbone.modules())
 
 

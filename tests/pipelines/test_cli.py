@@ -162,11 +162,13 @@ def test_cli_json_files_have_exactly_these_keys(task: str, finished_once: Path) 
     results = finished_once / "results" / task
     metric = "span_f1" if task == "slots" else "accuracy"
     best = read_json(results / "search" / "best.json")
-    assert list(best) == ["task", "metric", "value", "trial", "study", "n_trials", "train"]
+    assert list(best) == [
+        "task", "metric", "value", "trial", "study", "n_trials", "train", "screen",
+    ]  # fmt: skip
     if task == "slots":
         assert best == {
             "task": task, "metric": metric, "value": None, "trial": None, "study": None,
-            "n_trials": {}, "train": {},
+            "n_trials": {}, "train": {}, "screen": None,
         }  # fmt: skip
     else:
         assert best["n_trials"] == {"complete": 2, "pruned": 0, "failed": 0}
@@ -174,7 +176,7 @@ def test_cli_json_files_have_exactly_these_keys(task: str, finished_once: Path) 
     train = read_json(results / "train" / "metrics.json")
     assert list(train) == [
         "metric", "dev", "best_epoch", "epochs", "seconds", "peak_memory_bytes",
-        "trainable_parameters", "trainable_share", "precision",
+        "peak_device_memory_bytes", "trainable_parameters", "trainable_share", "precision",
     ]  # fmt: skip
     evaluate = read_json(results / "evaluate" / "metrics.json")
     assert list(evaluate) == [

@@ -14,7 +14,7 @@ import pytest
 from pipelines.errors import PipelineError
 from pipelines.schema import SearchSettings
 from pipelines.settings import child_environment
-from pipelines.study import Outcome, Study, Trial
+from pipelines.study import OneByOne, Outcome, Study, Trial
 from ptv2_core.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,14 @@ def open_study(
     folder: Path, *, name: str = "study", baseline: dict[str, Any] | None = None, **search: Any
 ) -> Study:
     """Open the study in a folder; nothing is pruned unless a test says so."""
-    values = {"n_trials": 5, "epochs": EPOCHS, "pruner": "none", "space": SPACE, **search}
+    values = {
+        "n_trials": 5,
+        "epochs": EPOCHS,
+        "parallel": 1,
+        "pruner": "none",
+        "space": SPACE,
+        **search,
+    }
     return Study(
         database=folder / "studies" / "task.db",
         name=name,
@@ -55,7 +62,7 @@ class Search:
             self.asked.append(dict(changes))
             return iter(scores(changes))
 
-        return study.run(noting, lambda trial, done: self.reported.append((trial, done)))
+        return study.run(OneByOne(noting), lambda trial, done: self.reported.append((trial, done)))
 
     @property
     def trials(self) -> list[tuple[str, float | None, dict[str, Any]]]:
@@ -375,6 +382,7 @@ def test_study_page_needs_nothing_from_the_network(
 CHILD = """
 import sys, time
 from pathlib import Path
+from pipelines.study import OneByOne
 from tests.pipelines.test_study import curve, open_study
 
 calls = 0
@@ -388,7 +396,7 @@ def scores(changes):
             time.sleep(600)
         yield score
 
-open_study(Path(sys.argv[1]), n_trials=6).run(scores, lambda trial, done: None)
+open_study(Path(sys.argv[1]), n_trials=6).run(OneByOne(scores), lambda trial, done: None)
 """
 
 

@@ -1,8 +1,16 @@
-"""Injection through Transformers' attention interface: BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA."""
+"""BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA: prompts through Transformers' attention interface.
+
+The layers are run one by one, so that a forward can begin above the ones below the first prompt,
+and the last layer can compute what the head reads and nothing else.
+
+Letters: B rows, T tokens, H hidden size, N heads, D head size.
+"""
+
+from typing import Any
 
 from torch import Tensor, nn
 
-from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.attention import PromptBatch, prompted_attention
 
 # model_type -> whether positions start after the padding id, as in the RoBERTa family
 MODEL_TYPES = {
@@ -14,29 +22,64 @@ MODEL_TYPES = {
 }
 
 
-def inject(
-    model: nn.Module,
-    input_ids: Tensor,
-    token_type_ids: Tensor | None,
-    positions: Tensor,
-    prompts: PromptBatch,
-) -> tuple[Tensor, Tensor | None]:
-    """Pass the prompts as a keyword that reaches every layer's attention function.
+class BertFamily:
+    """How the frozen model of the BERT family is run."""
 
-    Args:
-        model: A model whose configuration names our attention function.
-        input_ids: `[B, T]`.
-        token_type_ids: `[B, T]` or None.
-        positions: `[B or 1, T]`.
-        prompts: Keys, values and mask for every layer.
+    def __init__(self, model: nn.Module) -> None:
+        """Run `model`, whose configuration names our attention function."""
+        self._model: Any = model
 
-    Returns:
-        The last hidden states `[B, T, H]` and the pooled `[B, H]`, where there is one.
-    """
-    output = model(
-        input_ids=input_ids,
-        token_type_ids=token_type_ids,
-        position_ids=positions,
-        prompts=prompts,
-    )
-    return output.last_hidden_state, getattr(output, "pooler_output", None)
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Tensor:
+        """Return what the lowest layer reads, `[B, T, H]`.
+
+        Args:
+            input_ids: `[B, T]`.
+            token_type_ids: `[B, T]` or None.
+            positions: `[B or 1, T]`.
+        """
+        model = self._model
+        hidden: Tensor = model.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=positions,
+        )
+        if hasattr(model, "embeddings_project"):
+            hidden = model.embeddings_project(hidden)
+        return hidden
+
+    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
+        """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest."""
+        output: Tensor = self._model.encoder.layer[index](hidden, prompts=prompts)
+        return output
+
+    def first_token_layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
+        """Run one layer for the first token alone, `[B, T, H]` to `[B, 1, H]`.
+
+        It attends to all tokens, but no other token's query, output or feed-forward is computed.
+        """
+        layer = self._model.encoder.layer[index]
+        own = layer.attention.self
+
+        def by_head(states: Tensor) -> Tensor:
+            rows, tokens, _ = states.shape
+            return states.view(rows, tokens, -1, own.attention_head_size).transpose(1, 2)
+
+        first = hidden[:, :1]
+        context, _ = prompted_attention(
+            own,
+            by_head(own.query(first)),  # [B, N, 1, D]
+            by_head(own.key(hidden)),
+            by_head(own.value(hidden)),
+            None,
+            scaling=own.scaling,
+            dropout=own.dropout.p if own.training else 0.0,
+            prompts=prompts,
+        )
+        attended = layer.attention.output(context.flatten(2), first)  # [B, 1, N, D] -> [B, 1, H]
+        output: Tensor = layer.feed_forward_chunk(attended)
+        return output
+
+    def pool(self, hidden: Tensor) -> Tensor | None:
+        """Return the backbone's own pooled states `[B, H]`, where it has a pooler."""
+        pooler = getattr(self._model, "pooler", None)
+        return None if pooler is None else pooler(hidden)

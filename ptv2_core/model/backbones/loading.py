@@ -1,6 +1,7 @@
 """Load a frozen backbone by name, and say exactly which one it is."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import try_to_load_from_cache  # type: ignore[attr-defined]
 
 from ptv2_core.config import Device, Precision
 from ptv2_core.errors import BackboneError
@@ -54,6 +56,27 @@ def _is_fast_at_bf16(device: torch.device) -> bool:
     return False
 
 
+def precision_reason(precision: Precision, device: torch.device) -> str:
+    """Say in one sentence why `choose_precision` chooses what it does."""
+    if precision != "auto":
+        return "set by backbone.precision"
+    if device.type == "cuda":
+        found = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        if _is_fast_at_bf16(device):
+            return f"auto: this GPU multiplies bf16 in hardware (compute capability {found})"
+        return f"auto: bf16 needs compute capability 8.0, this GPU has {found}"
+    if device.type == "cpu":
+        names = {
+            "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+            "AMX": torch.cpu._is_amx_tile_supported(),
+        }
+        found = ", ".join(name for name, is_there in names.items() if is_there)
+        if found:
+            return f"auto: this CPU multiplies bf16 in hardware ({found})"
+        return "auto: no bf16 instructions on this CPU (AVX512-BF16, AMX)"
+    return f"auto: bf16 is not taken on {device.type}"
+
+
 def load_backbone(
     name: str,
     revision: str | None = None,
@@ -76,11 +99,6 @@ def load_backbone(
     """
     location = locate(name, revision)
     config = _config(location)
-    if config.model_type not in interface.MODEL_TYPES:
-        raise BackboneError(
-            f"backbone.name: {name!r} is of type {config.model_type!r}, which takes no deep "
-            f"prompts here; expected one of {', '.join(sorted(interface.MODEL_TYPES))}."
-        )
     found = location.digest()
     if digest is not None and digest != found:
         raise BackboneError(
@@ -89,7 +107,7 @@ def load_backbone(
             "train again."
         )
     names = _tensor_names(location)
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in names)
+    has_pooler = _has_pooler(names)
     chosen = choose_device(device)
     model = _load_model(location, config, choose_precision(precision, chosen), has_pooler)
     spec = BackboneSpec(
@@ -109,16 +127,23 @@ def load_backbone(
         has_pooler=has_pooler,
     )
     first = config.pad_token_id + 1 if interface.MODEL_TYPES[config.model_type] else 0
-    return Backbone(model.to(chosen), spec, interface.inject, first_position=first)
+    model = model.to(chosen)
+    return Backbone(model, spec, interface.BertFamily(model), first_position=first)
 
 
 def _config(location: Location) -> Any:
     try:
-        return AutoConfig.from_pretrained(location.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(location.folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {location.folder / 'config.json'} could not be read: {error}"
         ) from error
+    if config.model_type not in interface.MODEL_TYPES:
+        raise BackboneError(
+            f"backbone.name: {location.name!r} is of type {config.model_type!r}, which takes no "
+            f"deep prompts here; expected one of {', '.join(sorted(interface.MODEL_TYPES))}."
+        )
+    return config
 
 
 def _tensor_names(location: Location) -> set[str]:
@@ -133,6 +158,10 @@ def _tensor_names(location: Location) -> set[str]:
                 f"backbone.name: {file} is damaged ({error}); get the backbone's files again."
             ) from error
     return names
+
+
+def _has_pooler(names: set[str]) -> bool:
+    return any(name.endswith("pooler.dense.weight") for name in names)
 
 
 def _default_reading(location: Location, has_pooler: bool, names: set[str]) -> PooledReading:
@@ -169,3 +198,38 @@ def _load_model(location: Location, config: Any, dtype: torch.dtype, has_pooler:
             f"{config.model_type} encoder."
         )
     return model  # type: ignore[no-any-return]
+
+
+def locate_offline(name: str, revision: str | None = None) -> Location | None:
+    """Find a backbone's files as `locate` does, without asking a hub.
+
+    Args:
+        name: As for `locate`.
+        revision: As for `locate`.
+
+    Returns:
+        None for a hub model that is not, or not wholly, on this machine yet.
+
+    Raises:
+        BackboneError: As `locate`.
+    """
+    is_on_hub = revision and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_on_hub or Path(name).is_dir():
+        return locate(name, revision)
+    # not `cached_file(local_files_only=True)`, which asks the hub for other things all the same
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    location = Location(name=name, revision=revision, folder=Path(config).parent)
+    return location if all(file.is_file() for file in location.weight_files()) else None
+
+
+def default_reading(location: Location) -> PooledReading:
+    """Return what a classification head reads, from the backbone's files alone.
+
+    Raises:
+        BackboneError: They are damaged, or of a type that takes no deep prompts.
+    """
+    _config(location)
+    names = _tensor_names(location)
+    return _default_reading(location, _has_pooler(names), names)

@@ -1,0 +1,63 @@
+"""What this machine can do: the speed at which it multiplies matrices."""
+
+import math
+import time
+
+import torch
+from torch.nn import functional
+
+MIN_TIMED_S = 0.01
+"""Multiplications are timed together until they take this long; one alone may be too short."""
+
+
+def measure_gemm_rate(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rows: int = 2048,
+    inner: int = 768,
+    outer: int = 3072,
+    seconds: float = 0.5,
+) -> float:
+    """Return the rate of a linear layer in FLOP/s, with as many threads as torch has now.
+
+    The sizes are those of the widest layer of a base-sized encoder. The best of all repetitions
+    counts, which is what the machine can do when nothing else disturbs it.
+
+    Args:
+        dtype: Number format of both factors.
+        device: Where to multiply.
+        rows: Rows of the states `[rows, inner]`: the tokens of a batch.
+        inner: Width that is summed over.
+        outer: Rows of the weight `[outer, inner]`.
+        seconds: How long to measure, after one multiplication to warm up; one repetition at least.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay his
+    states = torch.randn(rows, inner, generator=generator, device=device).to(dtype)
+    weight = torch.randn(outer, inner, generator=generator, device=device).to(dtype)
+
+    def timed(calls: int) -> float:
+        """Return seconds per call."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(calls):
+                functional.linear(states, weight)
+        _synchronize(device)
+        return (time.perf_counter() - started) / calls
+
+    _synchronize(device)
+    timed(1)
+    best = timed(1)
+    calls = math.ceil(MIN_TIMED_S / best)
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        best = min(best, timed(calls))
+    return 2 * rows * inner * outer / best
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has done it at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,482 @@
+"""One slot in training: its order of rows, its optimizer, its best weights, its early stop.
+
+Every draw is a function of (seed, epoch, step), so a learner does the same alone, beside others in
+one forward, and after it was killed and restored.
+
+Letters: B rows, T tokens, H hidden size.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ptv2_core.config import TrainConfig
+from ptv2_core.data.batching import IGNORED, Batch, collate, shuffled_batches
+from ptv2_core.data.encoding import EncodedSplit
+from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.errors import TrainingError
+from ptv2_core.evaluation.scoring import Evaluation, cross_entropy, evaluate_model
+from ptv2_core.model.prompted import Part, PromptedModel
+from ptv2_core.parallel import Team
+from ptv2_core.training.checkpoint import Snapshot
+from ptv2_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from ptv2_core.training.trunk import TrunkCache, split_digest
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """How an epoch ended.
+
+    Attributes:
+        epoch: Counted from 1.
+        train_loss: Mean over its steps.
+        dev_loss: In nats.
+        dev_score: The task's metric.
+        learning_rate: Of the prompt in its last step.
+        is_best: Whether it was the best so far.
+        seconds: Of training until its end, those before a resume too.
+    """
+
+    epoch: int
+    train_loss: float
+    dev_loss: float
+    dev_score: float
+    learning_rate: float
+    is_best: bool
+    seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """One step; the last of an epoch carries an evaluation.
+
+    Attributes:
+        step: Counted from 1; of the first report of a resumed training, the step it goes on from.
+        total_steps: Of the whole training, were it not stopped early.
+        epoch: Counted from 1.
+        train_loss: Of the step's batch; with an evaluation, the epoch's mean over its steps.
+        learning_rate: Of the prompt in this step.
+        grad_norm: Before clipping.
+        history: The epochs so far, those before a resume too.
+        evaluation: On dev, at the end of an epoch.
+        is_best: Whether that evaluation is the best so far.
+        is_resumed: Whether this is no step, but the place from which a killed training goes on.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    train_loss: float
+    learning_rate: float
+    grad_norm: float
+    history: Sequence[EpochRecord]
+    evaluation: Evaluation | None = None
+    is_best: bool = False
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A learner's share of one forward.
+
+    Attributes:
+        part: The rows, with what dropout leaves.
+        labels: `[B]` or `[B, T]`.
+        num_labels: Labels that count, of the whole batch: the loss is a mean over them.
+    """
+
+    part: Part
+    labels: Tensor
+    num_labels: int
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the cross-entropy, in nats, of `[B, C]` or `[B, T, C]` logits."""
+        return cross_entropy(logits, self.labels, reduction="sum") / self.num_labels
+
+
+class Learner:
+    """Trains one slot of a model."""
+
+    def __init__(
+        self,
+        model: PromptedModel,
+        slot: int,
+        *,
+        task: TaskSpec,
+        train: EncodedSplit,
+        dev: EncodedSplit,
+        config: TrainConfig,
+        trunk: TrunkCache | None = None,
+        team: Team | None = None,
+    ) -> None:
+        """Stand before the first step.
+
+        Args:
+            model: Holds the slot.
+            slot: Its prompt and head are trained in place.
+            task: Labels and metric.
+            train: Rows to learn from.
+            dev: Rows that choose the epoch.
+            config: Everything else.
+            trunk: Where to keep the states below the first prompt; None computes them each time.
+            team: The processes among which every batch is divided; None: this one alone.
+        """
+        self.config = config
+        self.slot = slot
+        self.step = 0
+        self.epoch = 0
+        self.history: list[EpochRecord] = []
+        self._model = model
+        self._task = task
+        self._train = train
+        self._dev = dev
+        self._team = team
+        depth = model.bank.first_layer(slot)
+        # states with dropout differ at each use
+        cache = None if config.backbone_dropout or depth == 0 else trunk
+        self._train_states = cache.states(model.backbone, train, depth) if cache else None
+        self._dev_states = cache.states(model.backbone, dev, depth) if cache else None
+        self._parameters = dict(model.trainable(slot))
+        self._optimizer = make_optimizer(self._parameters, config)
+        self._best = Best(self._parameters)
+        self._losses: list[float] = []
+        self._place = 0
+        self._began = time.monotonic()
+        self._batches = self._plan(0)
+        self.total_steps = sum(len(self._plan(epoch)) for epoch in range(config.epochs))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs ran, or nothing got better for `patience` of them."""
+        no_progress = self.epoch - self._best.last_progress >= self.config.patience
+        return self.epoch == self.config.epochs or no_progress
+
+    @property
+    def seed(self) -> int:
+        """Of the next step's dropout."""
+        return _step_seed(self.config.seed, self.step)
+
+    def next_work(self) -> Work:
+        """Return the next step's rows, and set the learning rate."""
+        set_learning_rate(self._optimizer, self._factor())
+        whole = collate(self._train, self._batches[self._place])
+        assert whole.labels is not None, "training rows have labels"
+        prompt_keep, head_keep = self._keeps(whole)
+        batch = whole
+        if self._team is not None:
+            own = np.arange(self._team.rank, len(whole.rows), self._team.size)
+            batch = whole.take(own)
+            head_keep = None if head_keep is None else head_keep[own]
+        device = self._model.backbone.device
+        moved = batch.to(device)
+        states = self._train_states
+        part = Part(
+            slot=self.slot,
+            input_ids=moved.input_ids,
+            token_mask=moved.token_mask,
+            token_type_ids=moved.token_type_ids,
+            trunk=states.batch(batch.rows, batch.input_ids.shape[1]) if states else None,
+            prompt_keep=None if prompt_keep is None else prompt_keep.to(device),
+            head_keep=None if head_keep is None else head_keep.to(device),
+        )
+        assert moved.labels is not None, "the whole batch has them"
+        return Work(part=part, labels=moved.labels, num_labels=int((whole.labels != IGNORED).sum()))
+
+    def finish(self, loss: float) -> TrainReport:
+        """Take the step whose gradients are there, and evaluate at the end of an epoch.
+
+        Args:
+            loss: Of the step, this process's share.
+
+        Raises:
+            TrainingError: Loss or gradient is not finite; the step is not taken.
+        """
+        factor = self._factor()
+        loss, norm = self._gradients(loss)
+        self.step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"loss {loss} and gradient norm {norm} at step {self.step} (epoch "
+                f"{self.epoch + 1}) are not both finite; the step was not taken. Lower "
+                f"train.learning_rate ({self.config.learning_rate:g}) or set backbone.precision "
+                "to fp32."
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._losses.append(loss)
+        self._place += 1
+        report = TrainReport(
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=self.epoch + 1,
+            train_loss=loss,
+            learning_rate=self.config.learning_rate * factor,
+            grad_norm=norm,
+            history=self.history,
+        )
+        return self._end_epoch(report) if self._place == len(self._batches) else report
+
+    def restore_best(self) -> None:
+        """Give the slot the weights of the best epoch so far."""
+        self._best.restore()
+
+    # Checkpoints
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that decides this training, but for how many processes run it."""
+        backbone = self._model.backbone
+        parts = {
+            "config": self.config.to_mapping(),
+            "task": self._task.to_mapping(),
+            "data": [split_digest(self._train), split_digest(self._dev)],
+            "backbone": [backbone.spec.digest, str(backbone.dtype), backbone.device.type],
+            "versions": [torch.__version__, transformers.__version__],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def snapshot(self) -> Snapshot:
+        """Return everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"weight/{name}"] = parameter
+            for moment in MOMENTS:
+                tensors[f"{moment}/{name}"] = self._optimizer.state[parameter][moment]
+        tensors |= {f"best/{name}": weight for name, weight in self._best.weights.items()}
+        counters = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "place": self._place,
+            "losses": self._losses,
+            "history": [asdict(record) for record in self.history],
+            "best": self._best.counters(),
+            "seconds": time.monotonic() - self._began,
+        }
+        return Snapshot(tensors=tensors, counters=counters)
+
+    def restore(self, snapshot: Snapshot) -> TrainReport:
+        """Stand where the learner stood that the snapshot was taken from."""
+        counters, tensors = snapshot.counters, snapshot.tensors
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"weight/{name}"])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(counters["step"])),
+                **{m: tensors[f"{m}/{name}"].to(parameter.device) for m in MOMENTS},
+            }
+        best = {
+            name: tensors[f"best/{name}"] for name in self._parameters if f"best/{name}" in tensors
+        }
+        self._best.resume(best, counters["best"])
+        self.step, self.epoch = counters["step"], counters["epoch"]
+        self._began = time.monotonic() - counters["seconds"]
+        self._place, self._losses = counters["place"], list(counters["losses"])
+        self.history = [EpochRecord(**record) for record in counters["history"]]
+        self._batches = self._plan(self.epoch) if self.epoch < self.config.epochs else []
+        return TrainReport(
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=min(self.epoch + 1, self.config.epochs),
+            train_loss=self._losses[-1] if self._losses else self.history[-1].train_loss,
+            learning_rate=self.config.learning_rate * self._factor(),
+            grad_norm=0.0,
+            history=self.history,
+            is_resumed=True,
+        )
+
+    # Steps
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        return shuffled_batches(
+            self._train.lengths,
+            batch_size=self.config.batch_size,
+            token_budget=self.config.token_budget,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def _factor(self) -> float:
+        return learning_rate_factor(
+            self.step,
+            total_steps=self.total_steps,
+            warmup_fraction=self.config.warmup_fraction,
+        )
+
+    def _keeps(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Return what dropout leaves of the prompt and of what the head reads.
+
+        Drawn for the whole batch at its own width: what other learners or processes do beside
+        this one changes nothing.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def keep(share: float, *size: int) -> Tensor | None:
+            if share == 0.0:
+                return None
+            return (torch.rand(size, generator=generator) >= share).float() / (1.0 - share)
+
+        spec, prompt = self._model.backbone.spec, self.config.prompt
+        shape = spec.shape
+        num_layers = len(self._model.bank.layers(self.slot))
+        prompt_keep = keep(
+            prompt.dropout, num_layers, 2, shape.num_heads, prompt.length, shape.head_size
+        )
+        rows, width = batch.input_ids.shape
+        read = (rows, width) if self._task.kind == "tagging" else (rows,)
+        return prompt_keep, keep(self.config.head.dropout, *read, spec.hidden_size)
+
+    def _gradients(self, loss: float) -> tuple[float, float]:
+        """Sum loss and gradients over the team, clip, and return the loss and the norm before."""
+        parameters = list(self._parameters.values())
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:  # a process without rows in this batch
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if self._team is not None:
+            shared = torch.tensor([loss], dtype=torch.float64, device=gradients[0].device)
+            self._team.sum([*gradients, shared])
+            loss = float(shared)
+        return loss, float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+
+    def _end_epoch(self, report: TrainReport) -> TrainReport:
+        evaluation = evaluate_model(
+            self._model,
+            self._dev,
+            self._task,
+            token_budget=self.config.token_budget,
+            slot=self.slot,
+            trunk_of=self._dev_states.batch if self._dev_states else None,
+            team=self._team,
+        )
+        self.epoch += 1
+        is_best = self._best.offer(evaluation, self.epoch)
+        record = EpochRecord(
+            epoch=self.epoch,
+            train_loss=float(np.mean(self._losses)),
+            dev_loss=evaluation.loss,
+            dev_score=evaluation.score,
+            learning_rate=report.learning_rate,
+            is_best=is_best,
+            seconds=time.monotonic() - self._began,
+        )
+        self.history = [*self.history, record]
+        self._losses, self._place = [], 0
+        self._batches = self._plan(self.epoch) if self.epoch < self.config.epochs else []
+        return TrainReport(
+            step=report.step,
+            total_steps=report.total_steps,
+            epoch=report.epoch,
+            train_loss=record.train_loss,
+            learning_rate=report.learning_rate,
+            grad_norm=report.grad_norm,
+            history=self.history,
+            evaluation=evaluation,
+            is_best=is_best,
+        )
+
+
+class Best:
+    """Keeps the weights of the best epoch, and when anything last got better.
+
+    A higher score wins; at equal scores the lower dev loss does, which tells epochs apart on small
+    development sets.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Hold nothing yet."""
+        self._parameters = parameters
+        self.weights: dict[str, Tensor] = {}
+        self._score = -math.inf
+        self._loss = math.inf
+        self._lowest_loss = math.inf
+        self.last_progress = 0
+
+    def offer(self, evaluation: Evaluation, epoch: int) -> bool:
+        """Keep the weights if the evaluation is the best so far; say whether it is."""
+        # a falling loss is progress too: late starters show it epochs before their score moves
+        if evaluation.score > self._score or evaluation.loss < self._lowest_loss:
+            self.last_progress = epoch
+        self._lowest_loss = min(self._lowest_loss, evaluation.loss)
+        if (evaluation.score, -evaluation.loss) <= (self._score, -self._loss):
+            return False
+        self._score, self._loss = evaluation.score, evaluation.loss
+        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        return True
+
+    def restore(self) -> None:
+        """Put the kept weights back, if there are any."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                self._parameters[name].copy_(weight)
+
+    def counters(self) -> dict[str, float] | None:
+        """Return what `resume` takes; None before the first epoch."""
+        if not self.weights:
+            return None
+        return {
+            "score": self._score,
+            "loss": self._loss,
+            "lowest_loss": self._lowest_loss,
+            "last_progress": self.last_progress,
+        }
+
+    def resume(self, weights: dict[str, Tensor], counters: dict[str, float] | None) -> None:
+        """Hold what another held."""
+        if counters is None:
+            return
+        self.weights = {
+            name: weight.to(self._parameters[name].device) for name, weight in weights.items()
+        }
+        self._score, self._loss = counters["score"], counters["loss"]
+        self._lowest_loss = counters["lowest_loss"]
+        self.last_progress = int(counters["last_progress"])
+
+
+def take_step(
+    model: PromptedModel, learners: Sequence[Learner]
+) -> list[TrainReport | TrainingError]:
+    """Take one step of each learner in one forward and one backward pass.
+
+    Args:
+        model: Holds their slots.
+        learners: None of them done, and with backbone dropout one alone.
+
+    Returns:
+        For each its report, or why its step was not taken; that of the others was.
+    """
+    model.train()
+    works = [learner.next_work() for learner in learners]
+    config = learners[0].config
+    with model.backbone.dropout(learners[0].seed if config.backbone_dropout else None):
+        recompute = any(learner.config.gradient_checkpointing for learner in learners)
+        values = [0.0] * len(works)
+        busy = [place for place, work in enumerate(works) if len(work.labels)]
+        if busy:
+            answers = model.answer([works[place].part for place in busy], recompute=recompute)
+            losses = [
+                works[place].loss(logits) for place, logits in zip(busy, answers, strict=True)
+            ]
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            for place, loss in zip(busy, losses, strict=True):
+                values[place] = float(loss.detach())
+    results: list[TrainReport | TrainingError] = []
+    for learner, value in zip(learners, values, strict=True):
+        try:
+            results.append(learner.finish(value))
+        except TrainingError as error:
+            results.append(error)
+    return results
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step + 1]).generate_state(1, np.uint64)[0] >> 1)

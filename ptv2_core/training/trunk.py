@@ -1,0 +1,221 @@
+"""The trunk cache: what the layers below the first prompt give, computed once and kept on disk.
+
+Letters: B rows, T tokens, H hidden size.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import transformers
+
+from ptv2_core.data.batching import collate, sorted_batches
+from ptv2_core.data.encoding import EncodedSplit, LongArray
+from ptv2_core.files import fsync_path
+from ptv2_core.model.backbones.base import Backbone, Trunk
+
+# padded tokens of a forward that fills the cache
+TOKEN_BUDGET = 8192
+FORMAT = 1
+# numpy has no bf16: its bits are kept as whole numbers
+STORED: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(np.uint16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrunkStates:
+    """The states of every token of a split, memory-mapped and shared by all that read them.
+
+    Attributes:
+        values: `[all tokens, H]`, in the stored form of `dtype`.
+        offsets: `[rows + 1]`, as in the split.
+        dtype: The backbone's number format.
+        num_layers: How many layers the states have passed.
+        device: Where batches of them are wanted.
+    """
+
+    values: np.ndarray
+    offsets: LongArray
+    dtype: torch.dtype
+    num_layers: int
+    device: torch.device
+
+    def batch(self, rows: LongArray, width: int) -> Trunk:
+        """Return the states of some rows, `[B, T, H]`, zero beyond a row's tokens.
+
+        Args:
+            rows: `[B]`, their places in the split.
+            width: T.
+        """
+        padded = np.zeros((len(rows), width, self.values.shape[1]), dtype=self.values.dtype)
+        for place, row in enumerate(rows):
+            start, end = self.offsets[row], self.offsets[row + 1]
+            padded[place, : end - start] = self.values[start:end]
+        states = torch.from_numpy(padded).view(self.dtype).to(self.device)
+        return Trunk(hidden=states, num_layers=self.num_layers)
+
+
+class TrunkCache:
+    """A folder of trunk states, bounded in size; several processes may use it at once."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        """Keep at most `limit_bytes` in `folder`, which is made when it is needed."""
+        self._folder = folder
+        self._limit = limit_bytes
+
+    def states(
+        self, backbone: Backbone, split: EncodedSplit, num_layers: int
+    ) -> TrunkStates | None:
+        """Return the states of a split, computing them if nobody has.
+
+        Args:
+            backbone: Whose lowest layers are run.
+            split: The rows.
+            num_layers: How many layers.
+
+        Returns:
+            None where they do not fit the limit or the disk: they are then computed at each use.
+        """
+        size = len(split.input_ids) * backbone.spec.hidden_size * STORED[backbone.dtype].itemsize
+        if num_layers == 0 or len(split) == 0 or size > self._limit:
+            return None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        key = _key(backbone, split, num_layers)
+        file = self._folder / f"{key}.npy"
+        with _locked(self._folder / f"{key}.lock"):
+            values = _open(file, len(split.input_ids), backbone)
+            if values is None:
+                try:
+                    self._write(file, size, backbone, split, num_layers)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise
+                    return None
+                values = _open(file, len(split.input_ids), backbone)
+                assert values is not None, "what was written can be read"
+            os.utime(file)
+        return TrunkStates(
+            values=values,
+            offsets=split.offsets,
+            dtype=backbone.dtype,
+            num_layers=num_layers,
+            device=backbone.device,
+        )
+
+    def _write(
+        self, file: Path, size: int, backbone: Backbone, split: EncodedSplit, num_layers: int
+    ) -> None:
+        # we hold the lock of this key: what a killed writer left of it is nobody's
+        for left in self._folder.glob(f"{file.stem}.*.tmp"):
+            left.unlink(missing_ok=True)
+        with _locked(self._folder / "cache.lock"):
+            self._make_room(size)
+        descriptor, name = tempfile.mkstemp(prefix=f"{file.stem}.", suffix=".tmp", dir=self._folder)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                _fill(stream, backbone, split, num_layers)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_path(self._folder)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the longest unused files; whoever has one mapped keeps reading it."""
+        kept = []
+        for file in self._folder.glob("*.npy"):
+            status = _stat(file)
+            if status is not None:
+                kept.append((status.st_mtime, status.st_size, file))
+        total = sum(size for _, size, _ in kept)
+        for _, freed, file in sorted(kept):
+            if total + size <= self._limit:
+                return
+            file.unlink(missing_ok=True)
+            total -= freed
+
+
+def split_digest(split: EncodedSplit) -> str:
+    """Return the hexadecimal sha256 of a split's encoded rows and labels."""
+    digest = hashlib.sha256()
+    for array in (split.input_ids, split.token_type_ids, split.offsets, split.labels):
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _key(backbone: Backbone, split: EncodedSplit, num_layers: int) -> str:
+    parts = [
+        FORMAT,
+        split_digest(split),
+        backbone.spec.digest,
+        backbone.dtype,
+        backbone.device.type,
+        num_layers,
+        torch.__version__,
+        transformers.__version__,
+    ]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def _open(file: Path, num_tokens: int, backbone: Backbone) -> np.ndarray | None:
+    """Map the file; None where there is none, or another than this one should be."""
+    try:
+        values: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    wanted = (num_tokens, backbone.spec.hidden_size)
+    is_right = values.shape == wanted and values.dtype == STORED[backbone.dtype]
+    return values if is_right else None
+
+
+def _fill(stream: BinaryIO, backbone: Backbone, split: EncodedSplit, num_layers: int) -> None:
+    """Write an `.npy` file; not through a mapping, where a full disk is no error but a SIGBUS."""
+    width, stored = backbone.spec.hidden_size, STORED[backbone.dtype]
+    header = {
+        "descr": np.lib.format.dtype_to_descr(stored),
+        "fortran_order": False,
+        "shape": (len(split.input_ids), width),
+    }
+    np.lib.format.write_array_header_1_0(stream, header)
+    start = stream.tell()
+    for rows in sorted_batches(split.lengths, batch_size=len(split), token_budget=TOKEN_BUDGET):
+        batch = collate(split, rows).to(backbone.device)
+        trunk = backbone.trunk(
+            batch.input_ids, batch.token_mask, batch.token_type_ids, num_layers=num_layers
+        )
+        hidden = trunk.hidden.cpu()
+        bits = hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden
+        for place, row in enumerate(rows):
+            first, length = int(split.offsets[row]), int(split.lengths[row])
+            stream.seek(start + first * width * stored.itemsize)
+            stream.write(bits[place, :length].contiguous().numpy().tobytes())
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock that the operating system lets go when the process dies."""
+    with file.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
