@@ -23,10 +23,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all check format bench up clean
+.PHONY: help setup demo test test-all check format bench bench-train up clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the locked versions; does nothing when it is up to date
 
@@ -60,8 +60,11 @@ format: setup ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Print how fast this machine is against the named peers
+bench: setup ## Print how fast training is here against the named peers, in minutes
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-train: setup ## The same in full: all data sets and backbones (about an hour)
+	$(BIN)/python -m benchmarks.train $(ARGS)
 
 up: ## Start PostgreSQL, MLflow, Prefect and a worker in containers (needs .env, see .env.example)
 	docker compose up --detach --wait

@@ -1,17 +1,13 @@
-"""`python -m benchmarks`: run every benchmark and print its table."""
+"""`python -m benchmarks`: the training benchmark in its quick form; takes its options."""
 
-import transformers
-from rich.console import Console
+import sys
 
-from benchmarks import training
+from benchmarks import train
 
 
 def main() -> None:
-    """Run all benchmarks."""
-    # a peer's head that is not in the checkpoint is what we want, not news
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    Console().print(training.table(training.run()))
+    """Run it."""
+    train.main(["--quick", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def joined_team(device: Device) -> Iterator[Team | None]:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(process.local_rank)
-    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # scores are summed on the CPU, gradients where they are
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend)
     try:
         yield Team(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
     finally:

@@ -40,6 +40,7 @@ class PromptBatch:
         cls,
         layers: Sequence[LayerPrompt | None],
         token_mask: Tensor,
+        dtype: torch.dtype,
         captured: list[tuple[Tensor, Tensor]] | None = None,
     ) -> "PromptBatch":
         """Make the masks of each layer, one for layers that are alike.
@@ -47,6 +48,7 @@ class PromptBatch:
         Args:
             layers: As above.
             token_mask: `[B, T]`, true at real tokens.
+            dtype: Of the states.
             captured: As above.
         """
         made: dict[tuple[int, int], Tensor | None] = {}
@@ -56,13 +58,13 @@ class PromptBatch:
             own = None if layer is None else layer.mask
             alike = (length, id(own))
             if alike not in made:
-                made[alike] = additive_mask(token_mask, own, length)
+                made[alike] = additive_mask(token_mask, own, length, dtype)
             masks.append(made[alike])
         return cls(layers=layers, masks=masks, captured=captured)
 
 
 def additive_mask(
-    token_mask: Tensor, prompt_mask: Tensor | None, prompt_length: int
+    token_mask: Tensor, prompt_mask: Tensor | None, prompt_length: int, dtype: torch.dtype
 ) -> Tensor | None:
     """Return the mask `[B, 1, 1, S]` over prompt and token keys, or None where all are seen.
 
@@ -70,14 +72,55 @@ def additive_mask(
         token_mask: `[B, T]`, true at real tokens.
         prompt_mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
         prompt_length: P.
+        dtype: Of the states.
     """
     if bool(token_mask.all()) and (prompt_mask is None or bool(prompt_mask.all())):
         return None
     if prompt_mask is None:
         prompt_mask = token_mask.new_ones(token_mask.shape[0], prompt_length)
     seen = torch.cat([prompt_mask, token_mask], dim=1)  # [B, S]
-    mask = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~seen, float("-inf"))[:, None, None, :]
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return the attention weights `[B, N, T, S]`, in the format of the states.
+
+    The softmax of a bf16 tensor is computed in fp32 and rounded once, inside torch.
+    """
+    scores = (query * scaling) @ key.transpose(2, 3)
+    return torch.softmax(scores if mask is None else scores.add_(mask), dim=-1)
+
+
+class _CpuAttention(torch.autograd.Function):
+    """Two products and a softmax: torch's bf16 SDPA on CPU is 2 to 5 times slower.
+
+    Nothing is kept for the backward pass but the weights and what made them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        weights = _weights(query, key, mask, scaling)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling = scaling
+        return weights @ value
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        query, key, value, weights = ctx.saved_tensors
+        of_query, of_key, of_value, *_ = ctx.needs_input_grad
+        by_value = weights.transpose(2, 3) @ gradient if of_value else None
+        by_weights = gradient @ value.transpose(2, 3)
+        # of the softmax: dS = W * (dW - sum(dW * W)), in fp32 inside
+        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+        by_scores *= ctx.scaling
+        by_query = by_scores @ key if of_query else None
+        by_key = by_scores.transpose(2, 3) @ query if of_key else None
+        return by_query, by_key, by_value, None, None
 
 
 def prompted_attention(
@@ -112,18 +155,14 @@ def prompted_attention(
         rows = query.shape[0]
         key = torch.cat([prompt.keys.expand(rows, -1, -1, -1), key], dim=2)
         value = torch.cat([prompt.values.expand(rows, -1, -1, -1), value], dim=2)
-    if query.device.type == "cpu":
-        # torch's bf16 SDPA on CPU is 2 to 5 times slower than two products and a softmax
-        scores = (query * scaling) @ key.transpose(2, 3)  # [B, N, T, S]
-        if mask is not None:
-            scores = scores + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        output = nn.functional.dropout(weights, dropout, training=dropout > 0.0) @ value
-    else:
-        bias = None if mask is None else mask.to(query.dtype)
+    if query.device.type != "cpu":
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
+    elif dropout > 0.0:
+        output = nn.functional.dropout(_weights(query, key, mask, scaling), dropout) @ value
+    else:
+        output = _CpuAttention.apply(query, key, value, mask, scaling)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2), None  # [B, N, T, D] -> [B, T, N, D]
 
 

@@ -125,7 +125,7 @@ class PromptedModel(nn.Module):
             token_mask,
             token_type_ids,
             shifts=gathered.shifts,
-            prompts=PromptBatch.of(gathered.layers, token_mask, captured),
+            prompts=PromptBatch.of(gathered.layers, token_mask, backbone.dtype, captured),
             trunk=trunk,
             first_token_only=first_token_only,
             recompute=recompute,

@@ -1,5 +1,7 @@
 """Checkpoints of a training: one file, written atomically, that a killed training goes on from."""
 
+import glob
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -57,12 +60,14 @@ class Checkpoint:
             fingerprint: Of all that decides the training; another one's snapshot is not loaded.
             step: After which it was taken.
         """
+        counters = json.dumps(dict(snapshot.counters))
+        tensors = {name: tensor.detach().cpu() for name, tensor in snapshot.tensors.items()}
         metadata = {
             "schema": SCHEMA,
             "fingerprint": fingerprint,
-            "counters": json.dumps(dict(snapshot.counters)),
+            "counters": counters,
+            "digest": _digest(tensors, counters),
         }
-        tensors = {name: tensor.detach().cpu() for name, tensor in snapshot.tensors.items()}
         write_bytes_atomic(self.file, safetensors.torch.save(tensors, metadata))
         self._saved_at, self._saved_step = time.monotonic(), step
 
@@ -72,6 +77,9 @@ class Checkpoint:
         Raises:
             TrainingError: The file is damaged.
         """
+        # nobody writes before all have read: what a killed writer left is nobody's
+        for left in self.file.parent.glob(f".{glob.escape(self.file.name)}.*"):
+            left.unlink(missing_ok=True)
         if not self.file.is_file():
             return None
         try:
@@ -81,14 +89,29 @@ class Checkpoint:
                     return None
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise TrainingError(
-                f"{self.file}: the checkpoint is damaged ({error}); remove it to train from the "
-                "start"
-            ) from error
-        counters = json.loads(metadata["counters"])
+            raise self._damaged(str(error)) from error
+        text, wanted = metadata.get("counters", ""), metadata.get("digest")
+        found = _digest(tensors, text)
+        if found != wanted:
+            raise self._damaged(f"expected a digest of {wanted}, got {found}")
+        counters = json.loads(text)
         self._saved_step = counters["step"]
         return Snapshot(tensors=tensors, counters=counters)
+
+    def _damaged(self, how: str) -> TrainingError:
+        return TrainingError(
+            f"{self.file}: the checkpoint is damaged ({how}); remove it to train from the start"
+        )
 
     def remove(self) -> None:
         """Remove the file: the training is over and its result is safe."""
         self.file.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], counters: str) -> str:
+    """Return the hexadecimal sha256 of all that a training goes on from."""
+    digest = hashlib.sha256(counters.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

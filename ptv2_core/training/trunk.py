@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,21 +90,12 @@ class TrunkCache:
         size = len(split.input_ids) * backbone.spec.hidden_size * STORED[backbone.dtype].itemsize
         if num_layers == 0 or len(split) == 0 or size > self._limit:
             return None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        key = _key(backbone, split, num_layers)
-        file = self._folder / f"{key}.npy"
-        with _locked(self._folder / f"{key}.lock"):
-            values = _open(file, len(split.input_ids), backbone)
-            if values is None:
-                try:
-                    self._write(file, size, backbone, split, num_layers)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                        raise
-                    return None
-                values = _open(file, len(split.input_ids), backbone)
-                assert values is not None, "what was written can be read"
-            os.utime(file)
+        try:
+            values = self._values(size, backbone, split, num_layers)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            return None
         return TrunkStates(
             values=values,
             offsets=split.offsets,
@@ -113,9 +104,25 @@ class TrunkCache:
             device=backbone.device,
         )
 
+    def _values(
+        self, size: int, backbone: Backbone, split: EncodedSplit, num_layers: int
+    ) -> np.ndarray:
+        """Map the file of the states, written first where there is none."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        key = _key(backbone, split, num_layers)
+        file = self._folder / f"{key}.npy"
+        with _locked(self._folder / f"{key}.lock"):
+            values = _open(file, len(split.input_ids), backbone)
+            if values is None:
+                return self._write(file, size, backbone, split, num_layers)
+            # one that another process removed to make room is ours as long as we have it mapped
+            with suppress(FileNotFoundError):
+                os.utime(file)
+            return values
+
     def _write(
         self, file: Path, size: int, backbone: Backbone, split: EncodedSplit, num_layers: int
-    ) -> None:
+    ) -> np.ndarray:
         # we hold the lock of this key: what a killed writer left of it is nobody's
         for left in self._folder.glob(f"{file.stem}.*.tmp"):
             left.unlink(missing_ok=True)
@@ -128,11 +135,14 @@ class TrunkCache:
                 _fill(stream, backbone, split, num_layers)
                 stream.flush()
                 os.fsync(stream.fileno())
+            values = _open(temporary, len(split.input_ids), backbone)
+            assert values is not None, "what was written can be read"
             temporary.replace(file)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         fsync_path(self._folder)
+        return values
 
     def _make_room(self, size: int) -> None:
         """Remove the longest unused files; whoever has one mapped keeps reading it."""
@@ -152,7 +162,7 @@ class TrunkCache:
 def split_digest(split: EncodedSplit) -> str:
     """Return the hexadecimal sha256 of a split's encoded rows and labels."""
     digest = hashlib.sha256()
-    for array in (split.input_ids, split.token_type_ids, split.offsets, split.labels):
+    for array in vars(split).values():
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

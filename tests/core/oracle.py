@@ -5,15 +5,17 @@ with explicit loops over rows and heads, the prompt's keys and values put before
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def encode_row(
-    model: nn.Module,
+    model: Any,
     input_ids: list[int],
-    prompt: Tensor | None,
+    prompt: Tensor | Sequence[Tensor | None] | None,
     *,
     first_position: int,
     shift: bool,
@@ -23,11 +25,13 @@ def encode_row(
     Args:
         model: A Transformers encoder of the BERT family.
         input_ids: The row.
-        prompt: `[L, 2, N, P, D]`, or None for the bare backbone.
+        prompt: `[L, 2, N, P, D]`, or for each layer `[2, N, P, D]` or None where it has none, or
+            None for the bare backbone.
         first_position: 0, or the padding id plus one in the RoBERTa family.
         shift: Whether positions start after the prompt.
     """
-    length = prompt.shape[3] if prompt is not None else 0
+    by_layer = list(prompt) if prompt is not None else [None] * len(model.encoder.layer)
+    length = max((one.shape[2] for one in by_layer if one is not None), default=0)
     embeddings = model.embeddings
     tokens = torch.tensor(input_ids)
     positions = torch.arange(len(input_ids)) + first_position + (length if shift else 0)
@@ -39,12 +43,12 @@ def encode_row(
     hidden = _norm(hidden, embeddings.LayerNorm)
     if hasattr(model, "embeddings_project"):
         hidden = _linear(hidden, model.embeddings_project)
-    for place, layer in enumerate(model.encoder.layer):
-        hidden = _layer(hidden, layer, None if prompt is None else prompt[place])
+    for layer, own in zip(model.encoder.layer, by_layer, strict=True):
+        hidden = _layer(hidden, layer, own)
     return hidden
 
 
-def _layer(hidden: Tensor, layer: nn.Module, prompt: Tensor | None) -> Tensor:
+def _layer(hidden: Tensor, layer: Any, prompt: Tensor | None) -> Tensor:
     attention = layer.attention.self
     heads, size = attention.num_attention_heads, attention.attention_head_size
     query, key, value = (
@@ -68,11 +72,14 @@ def _layer(hidden: Tensor, layer: nn.Module, prompt: Tensor | None) -> Tensor:
     return _norm(_linear(inner, layer.output.dense) + attended, layer.output.LayerNorm)
 
 
-def _linear(states: Tensor, layer: nn.Module) -> Tensor:
-    return states @ layer.weight.T + layer.bias
+def _linear(states: Tensor, layer: Any) -> Tensor:
+    output: Tensor = states @ layer.weight.T + layer.bias
+    return output
 
 
-def _norm(states: Tensor, layer: nn.Module) -> Tensor:
+def _norm(states: Tensor, layer: Any) -> Tensor:
     mean = states.mean(dim=-1, keepdim=True)
     variance = ((states - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (states - mean) / torch.sqrt(variance + layer.eps) * layer.weight + layer.bias
+    scaled: Tensor = (states - mean) / torch.sqrt(variance + layer.eps) * layer.weight
+    output: Tensor = scaled + layer.bias
+    return output

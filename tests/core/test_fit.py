@@ -12,6 +12,7 @@ from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.fit import TrainReport, fit
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.start import check_positions, new_model
 from tests.tiny import (
     encode_for,
@@ -89,6 +90,30 @@ def test_fit_same_seed_gives_the_same_losses_and_weights(
         backbone_folder("bert"), kind, TrainConfig.from_mapping({**config.to_mapping(), "seed": 7})
     )
     assert [r.train_loss for r in other_seed] != [r.train_loss for r in first_reports]
+
+
+def test_fit_draws_dropout_anew_for_each_step_and_never_for_the_same(
+    backbone_folder: Folder,
+) -> None:
+    config = settings(prompt={"length": 4, "dropout": 0.5}, head={"dropout": 0.5}, epochs=1)
+
+    def keeps() -> list[torch.Tensor]:
+        model, task, (train, dev) = build(backbone_folder("bert"), "classification", config)
+        learner = Learner(model, 0, task=task, train=train, dev=dev, config=config)
+        found: list[torch.Tensor] = []
+        for step in range(4):
+            learner.step = step
+            part = learner.next_work().part
+            assert part.prompt_keep is not None
+            assert part.head_keep is not None
+            found += [part.prompt_keep, part.head_keep]
+        return found
+
+    first, second = keeps(), keeps()
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+        assert set(one.flatten().tolist()) == {0.0, 2.0}
+    assert len({tuple(keep.flatten().tolist()) for keep in first}) == 8
 
 
 def test_fit_leaves_the_global_random_state_alone(backbone_folder: Folder) -> None:

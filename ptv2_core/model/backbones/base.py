@@ -244,7 +244,7 @@ class Backbone(nn.Module):
             token_type_ids: `[B, T]` or None.
             num_layers: How many.
         """
-        bare = PromptBatch.of([None] * self.spec.shape.num_layers, token_mask)
+        bare = PromptBatch.of([None] * self.spec.shape.num_layers, token_mask, self.dtype)
         unshifted = torch.zeros(1, dtype=torch.long, device=input_ids.device)
         hidden = self._embed(input_ids, token_type_ids, unshifted)
         for index in range(num_layers):

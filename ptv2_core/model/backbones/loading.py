@@ -17,6 +17,7 @@ from ptv2_core.model.attention import ATTENTION_NAME, register_attention
 from ptv2_core.model.backbones import interface
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
 from ptv2_core.model.backbones.locating import Location, locate
+from ptv2_core.model.backbones.packing import can_pack, pack
 from ptv2_core.model.prompts import PromptShape
 
 
@@ -128,6 +129,8 @@ def load_backbone(
     )
     first = config.pad_token_id + 1 if interface.MODEL_TYPES[config.model_type] else 0
     model = model.to(chosen)
+    if chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
+        pack(model)
     return Backbone(model, spec, interface.BertFamily(model), first_position=first)
 
 
