@@ -53,7 +53,7 @@ WAYS = (
 TASKS: dict[str, tuple[int | None, dict[str, Any]]] = {
     "cb": (None, {"prompt": {"length": 16}, "learning_rate": 1e-2, "epochs": 15}),
     "snips": (2000, {"prompt": {"length": 32}, "learning_rate": 2e-2, "epochs": 8}),
-    "rte": (None, {"prompt": {"length": 16}, "learning_rate": 1e-2, "epochs": 6}),
+    "rte": (None, {"prompt": {"length": 16}, "learning_rate": 1e-2, "epochs": 3}),
 }
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.lengths import Sentences
 from benchmarks.measure import PROMPT_LENGTH
+from ptv2_core.model.backbones.packing import PackedLinear, can_pack
 
 Shapes = Sequence[tuple[int, int]]
 """B and T of each batch."""
@@ -78,20 +79,21 @@ def gemm_rate(config: PreTrainedConfig, shapes: Shapes, *, repeats: int = 5) -> 
     """Return the best rate of a linear layer's product here, in operations a second.
 
     Args:
-        config: Its H and I are the sizes that are tried, in bf16 and in fp32.
+        config: Its H and I are the sizes that are tried, in bf16, plain and packed, and in fp32.
         shapes: The rows of the product are the tokens of a batch.
         repeats: Of each size; the best counts.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     tokens = max(rows * length for rows, length in shapes)
     best = 0.0
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, is_packed in ((torch.bfloat16, can_pack()), (torch.float32, False)):
         for inputs, outputs in ((hidden, hidden), (hidden, inner), (inner, hidden)):
             states = torch.randn(tokens, inputs, dtype=dtype)
-            weight = torch.randn(outputs, inputs, dtype=dtype)
-            for _ in range(repeats):
+            plain = torch.nn.Linear(inputs, outputs, dtype=dtype).requires_grad_(False)
+            layers = [plain, PackedLinear(plain)] if is_packed else [plain]
+            for layer in layers * repeats:
                 started = time.perf_counter()
-                torch.nn.functional.linear(states, weight)
+                layer(states)
                 seconds = time.perf_counter() - started
                 best = max(best, 2 * tokens * inputs * outputs / seconds)
     return best

@@ -8,7 +8,6 @@ them. Loading's own peak is left out where the system can forget it (Linux); els
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from benchmarks.lengths import sentences
 from benchmarks.machine import set_up
 from benchmarks.measure import Setting
 from benchmarks.shapes import bert_tokenizer
+from ptv2_core.machine import peak_memory_bytes
 
 STATUS = Path("/proc/self/status")
 FORGET_PEAK = Path("/proc/self/clear_refs")
@@ -55,20 +55,13 @@ def measure_memory(setting: Setting, way: str, variant: str) -> Memory:
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _resident(name: str) -> int:
-    """Return a line of the process's status in bytes."""
-    for line in STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {name}")
-
-
-def _peak() -> int:
-    # Linux hands the parent's peak on to a child in ru_maxrss, but not in its status
+def _resident() -> int:
+    """Return what is resident now; elsewhere than on Linux, what was at most."""
     if STATUS.exists():
-        return _resident("VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory_bytes()
 
 
 def _forget_peak() -> None:
@@ -91,9 +84,9 @@ def main() -> None:
     way = next(way for way in (*peers.WAYS, *ours.ways()) if way.key == given.way)
     once = way.variants[given.variant](Setting(folder=given.folder, sentences=rows))
     _forget_peak()
-    before = _resident("VmRSS") if STATUS.exists() else _peak()
+    before = _resident()
     once()
-    peak = _peak()
+    peak = peak_memory_bytes()
     print(json.dumps({"peak_bytes": peak, "step_bytes": peak - before}))
 
 

@@ -40,6 +40,7 @@ class Rung:
         name: Names it in the table.
         precision: Of the frozen weights.
         padded: Whether rows are in random order and padded to 128, not in length buckets.
+        packs: Whether frozen linear layers are packed.
         first_token: Whether the last layer computes only what the first token's state needs.
         top_third: Whether only the top third of the layers has prompts.
         cached: Whether the states below the first prompt are read from the trunk cache.
@@ -50,6 +51,7 @@ class Rung:
     name: str
     precision: Precision = "auto"
     padded: bool = False
+    packs: bool = True
     first_token: bool = True
     top_third: bool = False
     cached: bool = False
@@ -83,9 +85,16 @@ RUNGS = (
         key="ours_bf16",
         name="+ frozen weights in bf16 where that is fast",
         first_token=False,
+        packs=False,
         train=_DROPOUT,
     ),
-    Rung(key="ours_eval_mode", name="+ no dropout in the backbone", first_token=False),
+    Rung(
+        key="ours_eval_mode",
+        name="+ no dropout in the backbone",
+        first_token=False,
+        packs=False,
+    ),
+    Rung(key="ours_packed", name="+ frozen linear layers packed", first_token=False),
     Rung(key=ALL_LAYERS, name="+ the last layer for [CLS] alone: all-layer prompts"),
     Rung(key="ours_recompute", name="the same, gradient checkpointing", train=_RECOMPUTE),
     Rung(key="ours_top_third", name="the same, prompts in the top third", top_third=True),
@@ -102,7 +111,9 @@ def ways() -> tuple[Way, ...]:
 
 
 def _make(setting: Setting, *, rung: Rung) -> Round:
-    backbone = load_backbone(str(setting.folder), precision=rung.precision, device="cpu")
+    backbone = load_backbone(
+        str(setting.folder), precision=rung.precision, device="cpu", packs=rung.packs
+    )
     num_layers = backbone.spec.shape.num_layers
     config = TrainConfig.from_mapping(
         {
@@ -116,8 +127,8 @@ def _make(setting: Setting, *, rung: Rung) -> Round:
             **rung.train,
         }
     )
-    split = _split(setting.sentences)
-    model = new_model(backbone, _task(), config, split)
+    split = encoded(setting.sentences)
+    model = new_model(backbone, task(), config, split)
     model.trims_last_layer = rung.first_token
     states = _states(model, split) if rung.cached else None
     batches = _batches(setting.sentences, config, padded=rung.padded)
@@ -163,7 +174,8 @@ def _round(
     return once
 
 
-def _task() -> TaskSpec:
+def task() -> TaskSpec:
+    """Return the task that all sentences belong to."""
     return TaskSpec(
         name="bench",
         kind="classification",
@@ -193,7 +205,8 @@ def _batches(sentences: Sentences, config: TrainConfig, *, padded: bool) -> list
     )
 
 
-def _split(sentences: Sentences) -> EncodedSplit:
+def encoded(sentences: Sentences) -> EncodedSplit:
+    """Return the sentences as training reads them."""
     rows = sentences.rows
     ids = [token for row in rows for token in row.input_ids]
     types = [kind for row in rows for kind in row.token_type_ids]

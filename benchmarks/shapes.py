@@ -11,6 +11,9 @@ SEED = 0
 # speed does not depend on the weights' values
 RANDOM: dict[str, BertConfig] = {
     "bert-base": BertConfig(),
+    "bert-large": BertConfig(
+        num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096
+    ),
     "tiny": BertConfig(
         num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64
     ),

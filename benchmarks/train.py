@@ -61,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
     plan = Plan(
         shapes=shapes.get(given.shape, (given.shape,)),
         lengths=tuple(SOURCES)[:1] if given.quick else tuple(SOURCES),
-        num_sentences=given.sentences or (64 if given.quick else 128),
-        rounds=given.rounds or (3 if given.quick else 5),
+        num_sentences=given.sentences,
+        rounds=given.rounds,
         memory=not given.no_memory,
     )
     set_up(threads=given.threads)
@@ -103,10 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="{minilm,bert-base,both}",
         help="default: both, or minilm with --quick",
     )
-    parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick")
-    parser.add_argument(
-        "--sentences", type=int, help="a round; default: 128, or 64 with --quick"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--sentences", type=int, default=64, help="a round; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     return parser

@@ -55,7 +55,10 @@ def _check_model(model: type[Section], values: dict[str, Any], found: Found) -> 
         section = model.model_validate(values)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            problems.append((item["loc"], _words(model, item)))
+            problem = (_place(model, item), _words(model, item))
+            # each branch of a union complains, in the same words
+            if problem not in problems:
+                problems.append(problem)
     wrong = {where[0] for where, _ in problems}
     for path, message in (section or _without(model, values, wrong)).conflicts():
         # A key that is itself wrong has been left out here: what seems to be missing is not.
@@ -76,6 +79,22 @@ def _without(model: type[Section], values: dict[str, Any], wrong: set[str | int]
 
 def _steps(path: str) -> Where:
     return tuple(int(step) if step.isdigit() else step for step in path.split("."))
+
+
+def _place(model: type[BaseModel], error: ErrorDetails) -> Where:
+    """Return where the error is in the file, without pydantic's names for branches of a union."""
+    if error["type"] in ("extra_forbidden", "missing"):
+        return error["loc"]
+    place: Where = ()
+    current: type[BaseModel] | None = model
+    for step in error["loc"]:
+        fields = current.model_fields if current is not None else {}
+        if step in fields:
+            current = _nested_model(fields[str(step)].annotation)
+        elif not isinstance(step, int):
+            break
+        place = (*place, step)
+    return place
 
 
 def _words(model: type[BaseModel], error: ErrorDetails) -> str:

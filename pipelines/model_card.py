@@ -242,7 +242,8 @@ def run_description(results: Results) -> str:
     metric, rows = evaluate["metric"], results.num_rows["test"]
     dev, probe = evaluate.get("dev"), evaluate.get("probe")
     facts = [
-        f"prompt of {manifest.prompt.length} positions in every layer of {_backbone(manifest)}",
+        f"prompt of {manifest.prompt.length} positions in {_depth(manifest)} of "
+        f"{_backbone(manifest)}",
         f"learning rate {_number(manifest.training.get('learning_rate'))}, best after epoch "
         f"{train.get('best_epoch')} of {train.get('epochs')}",
         f"trained: {_trained(train)}",
@@ -293,6 +294,12 @@ def _example(manifest: Manifest) -> str:
         return '{"tokens": ["words split on white space"]}'
     pair = ', "text_pair": ["..."]' if "text_pair" in manifest.task.fields else ""
     return f'{{"text": ["..."]{pair}}}'
+
+
+def _depth(manifest: Manifest) -> str:
+    num_layers = manifest.backbone["num_layers"]
+    prompted = len(manifest.prompt.layer_indices(num_layers))
+    return "every layer" if prompted == num_layers else f"{prompted} of {num_layers} layers"
 
 
 def _backbone(manifest: Manifest) -> str:

@@ -1,9 +1,12 @@
 """Where a task's files are in a workspace; dvc.yaml names the same places."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import PipelineError
+from ptv2_core.files import locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +85,25 @@ class TaskPaths:
         if not file.is_file():
             raise PipelineError(f"{file}: not there; run `ptv2 {stage} --task {self.task}` first")
         return file
+
+
+@contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file for as long as the work takes.
+
+    Args:
+        lock: The file.
+        what: The work that only one process may do, such as `search`.
+
+    Raises:
+        PipelineError: Another process does it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            raise PipelineError(
+                f"{what}: another {what} of this task is running ({lock} is held); wait for it or "
+                "stop it"
+            ) from error
+        yield

@@ -269,7 +269,11 @@ class SearchSettings(Section):
         """Check that there is something to search, and that the first trials lie inside it."""
         found = [(f"space.{key}", message) for key, message in self.space.conflicts()]
         if self.screen is not None:
-            found += [(f"screen.{key}", message) for key, message in self.screen.conflicts()]
+            wrong = self.screen.conflicts()
+            found += [(f"screen.{key}", message) for key, message in wrong]
+            if not wrong and 0 < self.n_trials < self.screen.keep:
+                expected = f"expected search.n_trials ({self.n_trials}) at most, which train them"
+                found.append(("screen.keep", f"{expected}; got {self.screen.keep}"))
             if self.space.prompt_layers is not None:
                 found.append(
                     ("screen", "does not go with space.prompt_layers: a screen sets the layers")

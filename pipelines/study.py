@@ -1,9 +1,7 @@
 """Optuna: a study on SQLite that a killed search goes on with, to exactly its number of trials."""
 
-import fcntl
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.errors import PipelineError
+from pipelines.paths import alone
 from pipelines.schema import SearchSettings
 from pipelines.tables import csv_text
 from ptv2_core.errors import TrainingError
@@ -28,6 +27,7 @@ PLACES = {
 }
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 INTERRUPTED = "interrupted"
+RETRY_OF = "retry_of"
 STARTUP_TRIALS = 3
 """Drawn by chance before the sampler learns; few, since a short search has no more to give."""
 
@@ -181,14 +181,14 @@ class Study:
         Raises:
             PipelineError: Another search holds the study, or no trial ended with a score.
         """
-        with self._exclusive():
+        with alone(self._lock, "search"):
             self._retry_interrupted()
             self._enqueue_first()
             running: dict[int, _Running] = {}
             while True:
                 for lane in range(self._search.parallel):
                     if lane not in running:
-                        begun = len(self._finished()) + len(running)
+                        begun = len(self.finished()) + len(running)
                         if begun < self._search.n_trials:
                             running[lane] = self._begin(lanes, lane, begun)
                 if not running:
@@ -196,7 +196,7 @@ class Study:
                 for lane in sorted(running):
                     if self._is_over(lanes, lane, running[lane]):
                         number = running.pop(lane).trial.number
-                        finished = self._finished()
+                        finished = self.finished()
                         ended = next(one for one in finished if one.number == number)
                         on_trial(ended, len(finished))
         return self.outcome()
@@ -207,7 +207,7 @@ class Study:
         Raises:
             PipelineError: None ended with a score.
         """
-        finished = self._finished()
+        finished = self.finished()
         scored = [trial for trial in finished if trial.state == "complete"]
         if not scored:
             raise PipelineError(
@@ -220,10 +220,6 @@ class Study:
         }
         # the first of equals: max() keeps the earlier one
         return Outcome(best=max(scored, key=lambda trial: trial.value or 0.0), counts=counts)
-
-    def finished(self) -> list[Trial]:
-        """Return the finished trials, in the order they began."""
-        return self._finished()
 
     def _begin(self, lanes: Lanes, lane: int, begun: int) -> _Running:
         self._study.sampler = self._sampler(begun)
@@ -291,35 +287,30 @@ class Study:
 
     def _retry_interrupted(self) -> None:
         """Give up trials whose process died, and queue their settings again."""
+        # this, too, may have been cut off: what is queued again already is not queued twice
+        retried = {
+            trial.user_attrs.get(RETRY_OF) for trial in self._study.get_trials(deepcopy=False)
+        }
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            # one that died before it drew anything still has what it was queued with
-            queued = trial.system_attrs.get("fixed_params", {})
-            self._study.enqueue_trial({**queued, **trial.params})
+            if trial.number not in retried:
+                # one that died before it drew anything still has what it was queued with
+                queued = trial.system_attrs.get("fixed_params", {})
+                self._study.enqueue_trial(
+                    {**queued, **trial.params}, user_attrs={RETRY_OF: trial.number}
+                )
             self._study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             self._study.tell(trial.number, state=TrialState.FAIL)
 
-    def _finished(self) -> list[Trial]:
+    def finished(self) -> list[Trial]:
+        """Return the finished trials, in the order they began."""
         frozen = self._study.get_trials(deepcopy=False, states=FINISHED)
         finished = [_trial(one) for one in frozen if INTERRUPTED not in one.user_attrs]
         # a study that was longer once answers as one of this length
         return finished[: self._search.n_trials]
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the study; the operating system lets go when the process dies, however it does."""
-        with self._lock.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PipelineError(
-                    f"search: another search of this task is running ({self._lock} is held); wait "
-                    "for it or stop it"
-                ) from error
-            yield
-
     def write_trials(self, path: Path) -> None:
         """Write a row a trial: number, state, value and what was drawn."""
-        trials = self._finished()
+        trials = self.finished()
         names = sorted({name for trial in trials for name in trial.params})
         rows = [
             [

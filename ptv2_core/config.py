@@ -16,7 +16,6 @@ Reparameterization = Literal["embedding", "mlp"]
 PromptStart = Literal["normal", "backbone"]
 Reads = Literal["auto", "cls", "pooler", "mean"]
 Precision = Literal["auto", "fp32", "bf16"]
-Attention = Literal["auto", "matmul", "sdpa"]
 PromptLayers = Literal["all"] | int | tuple[int, ...]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -54,7 +53,7 @@ class PromptConfig:
     """The shape of a prompt (paper, section 3.2).
 
     Attributes:
-        length: P, key/value positions in every layer.
+        length: P, key/value positions in each layer that has a prompt.
         reparameterization: `embedding` trains the keys and values themselves, `mlp` an embedding
             and a two-layer MLP that produces them.
         mlp_hidden: Width of that MLP.

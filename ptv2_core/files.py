@@ -1,5 +1,6 @@
 """Durable writes: a temporary sibling, fsync, rename, fsync of the folder."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,32 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask_mode(base: int) -> int:
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file; the operating system lets go when the process dies, however it does.
+
+    Args:
+        path: Made if it is not there.
+        wait: Whether to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: Another process holds it, and there is no waiting.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def source_digest(folder: Path) -> str:
+    """Return the hexadecimal SHA-256 of all Python source under a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def umask_mode(base: int) -> int:
     """Return the mode a plain `open` or `mkdir` would give; temporary files are made private."""
     mask = os.umask(0)
     os.umask(mask)
@@ -37,7 +63,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(_umask_mode(0o666))
+        temporary.chmod(umask_mode(0o666))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -65,7 +91,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(_umask_mode(0o777))
+        temporary.chmod(umask_mode(0o777))
         for entry in sorted(temporary.rglob("*")):
             fsync_path(entry)
         fsync_path(temporary)

@@ -1,11 +1,14 @@
 """Where the trials of a search train: in turn, in processes, or together in one forward."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -164,7 +167,8 @@ class Workers:
             process = context.Process(
                 target=_work, args=(theirs, settings, paths, threads), daemon=True
             )
-            process.start()
+            with _deaf_to_interrupts():
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -188,13 +192,7 @@ class Workers:
         """
         waiting = self._waiting[self._trials[lane]]
         while not waiting:
-            try:
-                ticket, found = self._pipes[lane % len(self._pipes)].recv()
-            except (EOFError, ConnectionError):
-                raise self._gone(lane) from None
-            # what a trial that was given up still sent is nobody's
-            if ticket in self._waiting:
-                self._waiting[ticket].append(found)
+            self._receive(lane)
         result = waiting.popleft()
         if isinstance(result, _Failure):
             kind = TrainingError if result.is_trials else PipelineError
@@ -215,9 +213,23 @@ class Workers:
             process.join()
             pipe.close()
 
-    def _send(self, lane: int, message: tuple[int, dict[str, Any] | None]) -> None:
+    def _receive(self, lane: int) -> None:
+        """Take the next score that the lane's process sent, of whichever of its trials."""
         try:
-            self._pipes[lane % len(self._pipes)].send(message)
+            ticket, found = self._pipes[lane % len(self._pipes)].recv()
+        except (EOFError, OSError):
+            raise self._gone(lane) from None
+        # what a trial that was given up still sent is nobody's
+        if ticket in self._waiting:
+            self._waiting[ticket].append(found)
+
+    def _send(self, lane: int, message: tuple[int, dict[str, Any] | None]) -> None:
+        pipe = self._pipes[lane % len(self._pipes)]
+        # a process that waits for room for its scores reads nothing
+        while pipe.poll():
+            self._receive(lane)
+        try:
+            pipe.send(message)
         except ConnectionError:
             raise self._gone(lane) from None
 
@@ -231,29 +243,60 @@ class Workers:
         )
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: the search itself ends its processes.
+
+    They take over which signals are blocked, and so are deaf while they import, too.
+    """
+    resource_tracker.ensure_running()  # starting it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: Connection, settings: TaskSettings, paths: TaskPaths, threads: int) -> None:
     """Train the trials that come through the pipe, epoch by epoch in turn, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search itself ends its processes
+    threading.Thread(target=_end_with_search, daemon=True).start()
     torch.set_num_threads(threads)
-    prepared = Prepared.load(paths.prepared)
-    backbone = backbone_for(settings, prepared)
+    try:
+        _serve(pipe, settings, paths)
+    except (EOFError, ConnectionError):
+        return  # the search is over
+
+
+def _end_with_search() -> None:
+    """End this process as soon as the search is gone, killed or not, and not an epoch later."""
+    search = multiprocessing.parent_process()
+    assert search is not None, "a search started this process"
+    search.join()
+    os._exit(1)
+
+
+def _serve(pipe: Connection, settings: TaskSettings, paths: TaskPaths) -> None:
+    try:
+        prepared = Prepared.load(paths.prepared)
+        backbone = backbone_for(settings, prepared)
+    except PTv2Error as error:
+        while True:  # until the search, which was told why, closes the pipe
+            ticket, _ = pipe.recv()
+            pipe.send((ticket, _Failure(message=str(error), is_trials=False)))
     cache = trunk_cache(settings, paths)
     running: dict[int, Iterator[float]] = {}
-    try:
-        while True:
-            while not running or pipe.poll():
-                ticket, changes = pipe.recv()
-                if changes is None:
-                    running.pop(ticket, None)
-                else:
-                    running[ticket] = _scores(settings, prepared, backbone, cache, changes)
-            for ticket in list(running):
-                found = _next(running[ticket])
-                if not isinstance(found, float):
-                    del running[ticket]
-                pipe.send((ticket, found))
-    except (EOFError, ConnectionError):
-        return  # the search is over, or was killed
+    while True:
+        while not running or pipe.poll():
+            ticket, changes = pipe.recv()
+            if changes is None:
+                running.pop(ticket, None)
+            else:
+                running[ticket] = _scores(settings, prepared, backbone, cache, changes)
+        for ticket in list(running):
+            found = _next(running[ticket])
+            if not isinstance(found, float):
+                del running[ticket]
+            pipe.send((ticket, found))
 
 
 def _next(scores: Iterator[float]) -> float | _Failure | None:

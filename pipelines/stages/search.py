@@ -18,7 +18,8 @@ from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, overlay
 from pipelines.study import Outcome, Study, Trial
 from pipelines.tables import csv_text
-from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
+from ptv2_core.errors import ConfigError
+from ptv2_core.files import replace_directory, source_digest, write_json_atomic, write_text_atomic
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.training.start import check_positions
 
@@ -142,18 +143,20 @@ class Screen:
 
     def agreement(self, full: Sequence[Trial]) -> Agreement:
         """Compare the screen's scores with those of the same settings at full depth."""
-        pairs = [
-            (ours.value, theirs.value)
-            for ours in self.trials
-            for theirs in full
-            if theirs.state == "complete" and theirs.params == ours.params
-        ]
+        # by settings: those that were drawn twice scored the same twice
+        screened = {_drawn(trial): trial.value for trial in self.trials}
+        trained = {_drawn(trial): trial.value for trial in full if trial.state == "complete"}
+        pairs = [(screened[drawn], trained[drawn]) for drawn in screened if drawn in trained]
         return Agreement(
             layers=self.layers,
             n_trials=self.counts,
             compared=len(pairs),
             rank_correlation=rank_correlation(pairs),
         )
+
+
+def _drawn(trial: Trial) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(trial.params.items()))
 
 
 def rank_correlation(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
@@ -226,7 +229,8 @@ def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -
         "labels": prepared.task.labels,
         "encoding": [prepared.max_length, prepared.tokenizer_digest],
         "backbone": [backbone.spec.digest, str(backbone.dtype), backbone.device.type],
-        "core": _core_digest(),
+        # a trial of older code says nothing about this one
+        "core": source_digest(Path(ptv2_core.__file__).parent),
     }
     text = json.dumps(everything, sort_keys=True)
     return f"{settings.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -246,19 +250,23 @@ def _baseline(settings: TaskSettings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in searched}
 
 
-def _core_digest() -> str:
-    """Hash the core's source: a trial of older code says nothing about this one."""
-    folder = Path(ptv2_core.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
 def _check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared) -> None:
-    """Refuse a space whose longest prompt does not fit, before the first trial."""
-    limits = settings.search.space.prompt_length
-    longest = limits[1] if limits else settings.train.prompt.length
+    """Refuse a space with a prompt that does not fit, before the first trial."""
+    search, train = settings.search, settings.train
+    num_layers = backbone.spec.shape.num_layers
+    depths = {
+        "search.space.prompt_layers": search.space.prompt_layers or (),
+        "search.screen.layers": (search.screen.layers,) if search.screen else (),
+    }
+    for setting, depth in ((name, depth) for name, chosen in depths.items() for depth in chosen):
+        if depth != "all" and depth > num_layers:
+            raise ConfigError(
+                f"{setting}: expected a number of top layers from 1 to {num_layers}, which is what "
+                f"the backbone has; got {depth}"
+            )
+    limits = search.space.prompt_length
+    longest = limits[1] if limits else train.prompt.length
     setting = "search.space.prompt_length" if limits else "train.prompt.length"
-    prompt = replace(settings.train.prompt, length=longest)
-    check_positions(backbone, prompt, list(prepared.splits.values()), setting=setting)
+    for layers in search.space.prompt_layers or (train.prompt.layers,):
+        prompt = replace(train.prompt, length=longest, layers=layers)
+        check_positions(backbone, prompt, list(prepared.splits.values()), setting=setting)

@@ -2,9 +2,8 @@
 
 import json
 import platform
-import resource
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from pipelines.dag import git_commit
-from pipelines.paths import TaskPaths
+from pipelines.paths import TaskPaths, alone
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
 from pipelines.stages.prepare import Prepared, read_examples
@@ -31,11 +30,13 @@ from ptv2_core.config import TrainConfig
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
+from ptv2_core.machine import peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.fit import EpochRecord
+from ptv2_core.training.records import EpochRecord
 from ptv2_core.training.start import resolve_head
 
 GOLDEN_INPUTS = 4
@@ -79,14 +80,14 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
 
     Raises:
         ConfigError: The prompt is longer than the backbone's positions allow.
-        PipelineError: Search has not run.
+        PipelineError: Search has not run, or another training of this task is running.
         TrainingError: The loss was not finite, or the checkpoint is damaged.
     """
     prepared = Prepared.load(paths.prepared)
     best_file = paths.require(paths.search / BEST_FILE, "search")
     best: dict[str, Any] = json.loads(best_file.read_text(encoding="utf-8"))
     config = overlay(settings.train, best.get("train", {}))
-    with joined_team(settings.backbone.device) as team:
+    with joined_team(settings.backbone.device) as team, _alone(paths, team):
         backbone = backbone_for(settings, prepared)
         checkpoint = Checkpoint(paths.checkpoint, every_s=settings.run.checkpoint_s)
         model, reports = start_training(
@@ -104,15 +105,25 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             if report.is_resumed:
                 what += ", going on from the checkpoint"
             progress(what, report.step, report.total_steps)
-    weights = Weights.of(model)
-    result = _result(prepared, backbone, weights, report.history)
-    if team is None or team.rank == 0:
-        with replace_directory(paths.train) as folder:
-            write_json_atomic(folder / "metrics.json", asdict(result))
-            write_text_atomic(folder / "history.csv", _history_csv(report.history))
-        _save(settings, paths, prepared, backbone, config, best, weights, result)
-        checkpoint.remove()
-    return result
+        weights = Weights.of(model)
+        result = _result(prepared, backbone, weights, report.history)
+        if team is None or team.rank == 0:
+            with replace_directory(paths.train) as folder:
+                write_json_atomic(folder / "metrics.json", asdict(result))
+                write_text_atomic(folder / "history.csv", _history_csv(report.history))
+            _save(settings, paths, prepared, backbone, config, best, weights, result)
+            checkpoint.remove()
+        return result
+
+
+@contextmanager
+def _alone(paths: TaskPaths, team: Team | None) -> Iterator[None]:
+    """Hold the task's training; of a team, its first process does."""
+    if team is not None and team.rank > 0:
+        yield
+        return
+    with alone(paths.checkpoint.with_suffix(".lock"), "train"):
+        yield
 
 
 def _result(
@@ -194,12 +205,6 @@ def golden_inputs(predictor: Predictor, prepared: Path, task: TaskSpec) -> list[
         {"input": given, "logits": logits.tolist()}
         for given, logits in zip(inputs, predictor.logits(inputs), strict=True)
     ]
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_memory_bytes(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings, read_environment
 from pipelines.stages.prepare import Prepared
@@ -17,7 +18,8 @@ from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.fit import TrainReport, fit
+from ptv2_core.training.fit import fit
+from ptv2_core.training.records import TrainReport
 from ptv2_core.training.start import check_positions, new_model
 from ptv2_core.training.trunk import TrunkCache
 
@@ -63,13 +65,26 @@ def joined_team(device: Device) -> Iterator[Team | None]:
 
     Yields:
         The team; None where this process is alone.
+
+    Raises:
+        PipelineError: The device cannot be shared so.
     """
     process = read_environment()
     if process.world_size is None or process.world_size == 1:
         yield None
         return
     chosen = choose_device(device)
+    if chosen.type == "mps":
+        raise PipelineError(
+            "torchrun: Apple's MPS cannot sum gradients over processes; set backbone.device to "
+            "cpu, or train in one process"
+        )
     if chosen.type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise PipelineError(
+                f"torchrun: process {process.local_rank} of this machine has no card; expected "
+                f"--nproc-per-node {torch.cuda.device_count()} at most"
+            )
         torch.cuda.set_device(process.local_rank)
     # scores are summed on the CPU, gradients where they are
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

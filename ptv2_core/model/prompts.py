@@ -23,10 +23,6 @@ class PromptShape:
     num_heads: int
     head_size: int
 
-    def num_elements(self, prompt_length: int) -> int:
-        """Return `2 * L * P * N * D`, the elements of a prompt."""
-        return 2 * self.num_layers * prompt_length * self.num_heads * self.head_size
-
 
 class EmbeddingPrompt(nn.Module):
     """A prompt whose keys and values are trained themselves."""

@@ -59,6 +59,9 @@ class Checkpoint:
             snapshot: What to write.
             fingerprint: Of all that decides the training; another one's snapshot is not loaded.
             step: After which it was taken.
+
+        Raises:
+            TrainingError: It cannot be written.
         """
         counters = json.dumps(dict(snapshot.counters))
         tensors = {name: tensor.detach().cpu() for name, tensor in snapshot.tensors.items()}
@@ -68,7 +71,13 @@ class Checkpoint:
             "counters": counters,
             "digest": _digest(tensors, counters),
         }
-        write_bytes_atomic(self.file, safetensors.torch.save(tensors, metadata))
+        try:
+            write_bytes_atomic(self.file, safetensors.torch.save(tensors, metadata))
+        except OSError as error:
+            raise TrainingError(
+                f"{self.file}: the checkpoint could not be written ({error.strerror}); make room "
+                "and run again: the training goes on from the last one"
+            ) from error
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def load(self, *, fingerprint: str) -> Snapshot | None:

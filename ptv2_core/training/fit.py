@@ -9,10 +9,9 @@ from ptv2_core.errors import TrainingError
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.learner import EpochRecord, Learner, TrainReport, take_step
+from ptv2_core.training.learner import Learner, take_step
+from ptv2_core.training.records import TrainReport
 from ptv2_core.training.trunk import TrunkCache
-
-__all__ = ["EpochRecord", "TrainReport", "fit"]
 
 
 def fit(

@@ -11,7 +11,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,67 +23,18 @@ from ptv2_core.config import TrainConfig
 from ptv2_core.data.batching import IGNORED, Batch, collate, shuffled_batches
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
-from ptv2_core.errors import TrainingError
-from ptv2_core.evaluation.scoring import Evaluation, cross_entropy, evaluate_model
+from ptv2_core.errors import ConfigError, TrainingError
+from ptv2_core.evaluation.scoring import cross_entropy, evaluate_model
+from ptv2_core.files import source_digest
 from ptv2_core.model.prompted import Part, PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Snapshot
 from ptv2_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
-from ptv2_core.training.trunk import TrunkCache, split_digest
+from ptv2_core.training.records import Best, EpochRecord, TrainReport
+from ptv2_core.training.trunk import TrunkCache, digest_arrays
 
+CORE = Path(__file__).parents[1]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """How an epoch ended.
-
-    Attributes:
-        epoch: Counted from 1.
-        train_loss: Mean over its steps.
-        dev_loss: In nats.
-        dev_score: The task's metric.
-        learning_rate: Of the prompt in its last step.
-        is_best: Whether it was the best so far.
-        seconds: Of training until its end, those before a resume too.
-    """
-
-    epoch: int
-    train_loss: float
-    dev_loss: float
-    dev_score: float
-    learning_rate: float
-    is_best: bool
-    seconds: float = field(compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """One step; the last of an epoch carries an evaluation.
-
-    Attributes:
-        step: Counted from 1; of the first report of a resumed training, the step it goes on from.
-        total_steps: Of the whole training, were it not stopped early.
-        epoch: Counted from 1.
-        train_loss: Of the step's batch; with an evaluation, the epoch's mean over its steps.
-        learning_rate: Of the prompt in this step.
-        grad_norm: Before clipping.
-        history: The epochs so far, those before a resume too.
-        evaluation: On dev, at the end of an epoch.
-        is_best: Whether that evaluation is the best so far.
-        is_resumed: Whether this is no step, but the place from which a killed training goes on.
-    """
-
-    step: int
-    total_steps: int
-    epoch: int
-    train_loss: float
-    learning_rate: float
-    grad_norm: float
-    history: Sequence[EpochRecord]
-    evaluation: Evaluation | None = None
-    is_best: bool = False
-    is_resumed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +82,15 @@ class Learner:
             config: Everything else.
             trunk: Where to keep the states below the first prompt; None computes them each time.
             team: The processes among which every batch is divided; None: this one alone.
+
+        Raises:
+            ConfigError: Backbone dropout in a team, whose draws would depend on its size.
         """
+        if team is not None and config.backbone_dropout:
+            raise ConfigError(
+                "train.backbone_dropout: expected false where several processes divide a batch, "
+                "since the result would depend on how many they are; got true"
+            )
         self.config = config
         self.slot = slot
         self.step = 0
@@ -143,7 +103,8 @@ class Learner:
         self._team = team
         depth = model.bank.first_layer(slot)
         # states with dropout differ at each use
-        cache = None if config.backbone_dropout or depth == 0 else trunk
+        is_used = depth > 0 and not config.backbone_dropout
+        cache = trunk if is_used and trunk and trunk.fits(model.backbone, [train, dev]) else None
         self._train_states = cache.states(model.backbone, train, depth) if cache else None
         self._dev_states = cache.states(model.backbone, dev, depth) if cache else None
         self._parameters = dict(model.trainable(slot))
@@ -238,9 +199,11 @@ class Learner:
         parts = {
             "config": self.config.to_mapping(),
             "task": self._task.to_mapping(),
-            "data": [split_digest(self._train), split_digest(self._dev)],
+            "data": [digest_arrays(*vars(split).values()) for split in (self._train, self._dev)],
             "backbone": [backbone.spec.digest, str(backbone.dtype), backbone.device.type],
-            "versions": [torch.__version__, transformers.__version__],
+            # cached states differ in their last bits from those of a batch
+            "trunk": [self._train_states is not None, self._dev_states is not None],
+            "versions": [torch.__version__, transformers.__version__, source_digest(CORE)],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -383,63 +346,6 @@ class Learner:
             evaluation=evaluation,
             is_best=is_best,
         )
-
-
-class Best:
-    """Keeps the weights of the best epoch, and when anything last got better.
-
-    A higher score wins; at equal scores the lower dev loss does, which tells epochs apart on small
-    development sets.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Hold nothing yet."""
-        self._parameters = parameters
-        self.weights: dict[str, Tensor] = {}
-        self._score = -math.inf
-        self._loss = math.inf
-        self._lowest_loss = math.inf
-        self.last_progress = 0
-
-    def offer(self, evaluation: Evaluation, epoch: int) -> bool:
-        """Keep the weights if the evaluation is the best so far; say whether it is."""
-        # a falling loss is progress too: late starters show it epochs before their score moves
-        if evaluation.score > self._score or evaluation.loss < self._lowest_loss:
-            self.last_progress = epoch
-        self._lowest_loss = min(self._lowest_loss, evaluation.loss)
-        if (evaluation.score, -evaluation.loss) <= (self._score, -self._loss):
-            return False
-        self._score, self._loss = evaluation.score, evaluation.loss
-        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
-        return True
-
-    def restore(self) -> None:
-        """Put the kept weights back, if there are any."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                self._parameters[name].copy_(weight)
-
-    def counters(self) -> dict[str, float] | None:
-        """Return what `resume` takes; None before the first epoch."""
-        if not self.weights:
-            return None
-        return {
-            "score": self._score,
-            "loss": self._loss,
-            "lowest_loss": self._lowest_loss,
-            "last_progress": self.last_progress,
-        }
-
-    def resume(self, weights: dict[str, Tensor], counters: dict[str, float] | None) -> None:
-        """Hold what another held."""
-        if counters is None:
-            return
-        self.weights = {
-            name: weight.to(self._parameters[name].device) for name, weight in weights.items()
-        }
-        self._score, self._loss = counters["score"], counters["loss"]
-        self._lowest_loss = counters["lowest_loss"]
-        self.last_progress = int(counters["last_progress"])
 
 
 def take_step(

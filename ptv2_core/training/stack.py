@@ -13,7 +13,8 @@ from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank
-from ptv2_core.training.learner import Learner, TrainReport, take_step
+from ptv2_core.training.learner import Learner, take_step
+from ptv2_core.training.records import TrainReport
 from ptv2_core.training.start import new_slot
 from ptv2_core.training.trunk import TrunkCache
 

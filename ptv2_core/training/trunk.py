@@ -4,12 +4,11 @@ Letters: B rows, T tokens, H hidden size.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,12 +19,19 @@ import transformers
 
 from ptv2_core.data.batching import collate, sorted_batches
 from ptv2_core.data.encoding import EncodedSplit, LongArray
-from ptv2_core.files import fsync_path
+from ptv2_core.files import fsync_path, locked, source_digest, umask_mode
 from ptv2_core.model.backbones.base import Backbone, Trunk
 
 # padded tokens of a forward that fills the cache
 TOKEN_BUDGET = 8192
-FORMAT = 1
+# a folder that cannot hold the states is no reason to end a training
+UNUSABLE = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOLCK, errno.EACCES, errno.EPERM,
+        errno.EROFS,
+    }
+)  # fmt: skip
+MODEL_CODE = Path(__file__).parents[1] / "model"
 # numpy has no bf16: its bits are kept as whole numbers
 STORED: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
@@ -74,6 +80,13 @@ class TrunkCache:
         self._folder = folder
         self._limit = limit_bytes
 
+    def fits(self, backbone: Backbone, splits: Sequence[EncodedSplit]) -> bool:
+        """Tell whether the states of all splits fit the limit together.
+
+        Splits that are used in turn and do not would push each other out at each use.
+        """
+        return sum(_size(backbone, split) for split in splits) <= self._limit
+
     def states(
         self, backbone: Backbone, split: EncodedSplit, num_layers: int
     ) -> TrunkStates | None:
@@ -85,16 +98,18 @@ class TrunkCache:
             num_layers: How many layers.
 
         Returns:
-            None where they do not fit the limit or the disk: they are then computed at each use.
+            None where they do not fit the limit or the disk, or the folder cannot be used: they
+            are then computed at each use.
         """
-        size = len(split.input_ids) * backbone.spec.hidden_size * STORED[backbone.dtype].itemsize
-        if num_layers == 0 or len(split) == 0 or size > self._limit:
+        if num_layers == 0 or len(split) == 0 or not self.fits(backbone, [split]):
             return None
         try:
-            values = self._values(size, backbone, split, num_layers)
+            values = self._values(backbone, split, num_layers)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in UNUSABLE:
                 raise
+            return None
+        if values is None:
             return None
         return TrunkStates(
             values=values,
@@ -105,36 +120,32 @@ class TrunkCache:
         )
 
     def _values(
-        self, size: int, backbone: Backbone, split: EncodedSplit, num_layers: int
-    ) -> np.ndarray:
+        self, backbone: Backbone, split: EncodedSplit, num_layers: int
+    ) -> np.ndarray | None:
         """Map the file of the states, written first where there is none."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         key = _key(backbone, split, num_layers)
         file = self._folder / f"{key}.npy"
-        with _locked(self._folder / f"{key}.lock"):
+        with locked(file.with_suffix(".lock")):
             values = _open(file, len(split.input_ids), backbone)
             if values is None:
-                return self._write(file, size, backbone, split, num_layers)
+                return self._write(file, backbone, split, num_layers)
             # one that another process removed to make room is ours as long as we have it mapped
             with suppress(FileNotFoundError):
                 os.utime(file)
             return values
 
     def _write(
-        self, file: Path, size: int, backbone: Backbone, split: EncodedSplit, num_layers: int
-    ) -> np.ndarray:
-        # we hold the lock of this key: what a killed writer left of it is nobody's
-        for left in self._folder.glob(f"{file.stem}.*.tmp"):
-            left.unlink(missing_ok=True)
-        with _locked(self._folder / "cache.lock"):
-            self._make_room(size)
-        descriptor, name = tempfile.mkstemp(prefix=f"{file.stem}.", suffix=".tmp", dir=self._folder)
-        temporary = Path(name)
+        self, file: Path, backbone: Backbone, split: EncodedSplit, num_layers: int
+    ) -> np.ndarray | None:
+        temporary = self._reserve(file, _size(backbone, split))
+        if temporary is None:
+            return None
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with temporary.open("r+b") as stream:
                 _fill(stream, backbone, split, num_layers)
                 stream.flush()
                 os.fsync(stream.fileno())
+            temporary.chmod(umask_mode(0o666))
             values = _open(temporary, len(split.input_ids), backbone)
             assert values is not None, "what was written can be read"
             temporary.replace(file)
@@ -144,40 +155,61 @@ class TrunkCache:
         fsync_path(self._folder)
         return values
 
-    def _make_room(self, size: int) -> None:
-        """Remove the longest unused files; whoever has one mapped keeps reading it."""
-        kept = []
-        for file in self._folder.glob("*.npy"):
-            status = _stat(file)
-            if status is not None:
-                kept.append((status.st_mtime, status.st_size, file))
-        total = sum(size for _, size, _ in kept)
-        for _, freed, file in sorted(kept):
-            if total + size <= self._limit:
-                return
-            file.unlink(missing_ok=True)
-            total -= freed
+    def _reserve(self, file: Path, size: int) -> Path | None:
+        """Make room for `size` bytes, and a file that takes it; None where others have it all.
+
+        The longest unused files go; whoever has one mapped keeps reading it.
+        """
+        with locked(self._folder / "cache.lock"):
+            for left in self._folder.glob("*.tmp"):
+                _remove_if_nobodys(left, own=file)
+            kept = [entry for entry in map(_entry, self._folder.glob("*.npy")) if entry]
+            writing = [entry for entry in map(_entry, self._folder.glob("*.tmp")) if entry]
+            total = size + sum(taken for _, taken, _ in (*kept, *writing))
+            for _, freed, unused in sorted(kept):
+                if total <= self._limit:
+                    break
+                unused.unlink(missing_ok=True)
+                total -= freed
+            if total > self._limit:
+                return None
+            descriptor, name = tempfile.mkstemp(
+                prefix=f"{file.stem}.", suffix=".tmp", dir=self._folder
+            )
+            try:
+                os.ftruncate(descriptor, size)  # for others to count before it is filled
+            except OSError:
+                Path(name).unlink()
+                raise
+            finally:
+                os.close(descriptor)
+            return Path(name)
 
 
-def split_digest(split: EncodedSplit) -> str:
-    """Return the hexadecimal sha256 of a split's encoded rows and labels."""
+def digest_arrays(*arrays: np.ndarray) -> str:
+    """Return the hexadecimal sha256 of arrays; mapped ones are read, not copied."""
     digest = hashlib.sha256()
-    for array in vars(split).values():
+    for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
+def _size(backbone: Backbone, split: EncodedSplit) -> int:
+    return len(split.input_ids) * backbone.spec.hidden_size * STORED[backbone.dtype].itemsize
+
+
 def _key(backbone: Backbone, split: EncodedSplit, num_layers: int) -> str:
+    """Return a name that changes with all that the states depend on; labels are none of it."""
     parts = [
-        FORMAT,
-        split_digest(split),
+        digest_arrays(split.input_ids, split.token_type_ids, split.offsets),
         backbone.spec.digest,
         backbone.dtype,
         backbone.device.type,
         num_layers,
         torch.__version__,
         transformers.__version__,
+        source_digest(MODEL_CODE),
     ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
@@ -216,16 +248,20 @@ def _fill(stream: BinaryIO, backbone: Backbone, split: EncodedSplit, num_layers:
             stream.write(bits[place, :length].contiguous().numpy().tobytes())
 
 
-def _stat(file: Path) -> os.stat_result | None:
+def _entry(file: Path) -> tuple[float, int, Path] | None:
+    """Return when a file was last used and its size; None where it has gone."""
     try:
-        return file.stat()
+        status = file.stat()
     except FileNotFoundError:
         return None
+    return status.st_mtime, status.st_size, file
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that the operating system lets go when the process dies."""
-    with file.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _remove_if_nobodys(left: Path, *, own: Path) -> None:
+    """Remove a temporary file whose writer is dead: whose lock is ours, or free."""
+    key = left.name.partition(".")[0]
+    if key == own.stem:
+        left.unlink(missing_ok=True)
+        return
+    with suppress(BlockingIOError), locked(left.with_name(f"{key}.lock"), wait=False):
+        left.unlink(missing_ok=True)

@@ -11,8 +11,9 @@ from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.model.prompted import PromptedModel
-from ptv2_core.training.fit import TrainReport, fit
+from ptv2_core.training.fit import fit
 from ptv2_core.training.learner import Learner
+from ptv2_core.training.records import TrainReport
 from ptv2_core.training.start import check_positions, new_model
 from tests.tiny import (
     encode_for,

@@ -1,5 +1,7 @@
 """The measured rate, against multiplications whose time a clock of the test decides."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from ptv2_core import machine
-from ptv2_core.machine import measure_gemm_rate
+from ptv2_core.machine import measure_gemm_rate, peak_memory_bytes
 
 CPU = torch.device("cpu")
 FLOP = 2 * 8 * 4 * 16
@@ -63,3 +65,13 @@ def test_machine_rate_leaves_the_random_numbers_alone(dtype: torch.dtype) -> Non
     assert measure_gemm_rate(dtype, CPU, rows=8, inner=4, outer=16, seconds=0.0) > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
+
+
+def test_machine_peak_memory_is_this_processes_own() -> None:
+    ballast = bytearray(b"x") * (700 << 20)
+    assert peak_memory_bytes() > 700 << 20
+    code = "from ptv2_core.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    # started by a process that has held more than it ever will
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    del ballast
+    assert 0 < int(child.stdout) < 700 << 20

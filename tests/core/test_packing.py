@@ -75,3 +75,20 @@ def test_packing_is_refused_where_the_operator_is_gone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.ops, "mkldnn", Gone())
     assert not can_pack()
+
+
+@needs_packing
+def test_packing_makes_the_backward_layout_when_it_is_asked_for() -> None:
+    linear = nn.Linear(40, 24, dtype=torch.bfloat16).requires_grad_(False)
+    packed = PackedLinear(linear)
+    packed(torch.ones(3, 40, dtype=torch.bfloat16))
+    assert packed._layouts._backward is None
+    assert torch.equal(packed._layouts.forward.to_dense(), linear.weight)
+    assert torch.equal(packed._layouts.backward.to_dense(), linear.weight.t())
+
+
+@needs_packing
+def test_packing_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    assert can_pack()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from ptv2_core.errors import ConfigError
+from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import TrainReport
 from tests.core.processes import Child
@@ -145,13 +147,12 @@ def test_team_shares_a_trunk(backbone_folder: Folder, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.npy"))) == 2
 
 
-def test_team_with_backbone_dropout_stays_of_one_mind(
-    backbone_folder: Folder, tmp_path: Path
-) -> None:
-    config = settings(**DROPOUT, backbone_dropout=True)
-    results = run_team(plan_of(backbone_folder("bert"), tmp_path, config=config))
-    assert_one_result(results)
-    assert results[0].error is None
+def test_team_refuses_draws_that_would_depend_on_its_size(backbone_folder: Folder) -> None:
+    bench = Bench(backbone_folder("bert"))
+    config = settings(backbone_dropout=True)
+    reports = bench.start(bench.model(config), config, team=Team(rank=0, size=2))
+    with pytest.raises(ConfigError, match=r"train\.backbone_dropout: expected false where several"):
+        next(reports)
 
 
 @pytest.mark.parametrize("poisoned", [0, 1])

@@ -19,6 +19,7 @@ from ptv2_core.files import fsync_path
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.training import trunk
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.trunk import TrunkCache, TrunkStates
 from tests.core.processes import CONTEXT, Child
 from tests.core.training_parts import Bench, assert_equal, epoch_rows, settings, weights
@@ -446,3 +447,83 @@ def test_trunk_training_goes_on_where_the_disk_is_full(
     assert rows == epoch_rows(reports)
     assert not names(folder)
     assert not leftovers(folder)
+
+
+def test_trunk_counts_what_others_are_writing(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "trunk"
+    one, other, _ = equal_splits(bench.folder)
+    size = len(one.input_ids) * 32 * 4
+    cache = TrunkCache(folder, limit_bytes=size + size // 2)
+    inside: list[object] = []
+
+    def ask(*_: object) -> None:
+        # the first key's room is reserved before its first layer is run
+        if not inside:
+            inside.append(True)
+            inside.append(
+                TrunkCache(folder, limit_bytes=size + size // 2).states(
+                    open_backbone(bench.folder), other, 1
+                )
+            )
+
+    hook = bench.backbone.model.encoder.layer[0].register_forward_pre_hook(ask)  # type: ignore[union-attr]
+    of(cache, bench.backbone, one)
+    hook.remove()
+    assert inside == [True, None]
+    assert len(names(folder)) == 1
+
+
+def test_trunk_removes_what_a_killed_writer_of_other_rows_left(
+    bench: Bench, tmp_path: Path
+) -> None:
+    folder = tmp_path / "trunk"
+    folder.mkdir()
+    left = folder / f"{'0' * 32}.abcdefgh.tmp"
+    left.write_bytes(bytes(10 * LIMIT // 1024))
+    size = len(bench.train.input_ids) * 32 * 4
+    of(TrunkCache(folder, limit_bytes=2 * size), bench.backbone, bench.train)
+    assert leftovers(folder) == []
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2 * size
+
+
+def test_trunk_of_a_training_is_kept_whole_or_not_at_all(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "trunk"
+    size = len(bench.train.input_ids) * 32 * 4
+    config = settings(**UPPER)
+    bench.run(config, trunk=TrunkCache(folder, limit_bytes=size + 100))
+    assert not folder.exists()
+
+
+def test_trunk_files_are_for_all_that_may_read_the_workspace(
+    bench: Bench, cache: TrunkCache, tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        of(cache, bench.backbone, bench.dev)
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "trunk").glob("*.npy")
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_trunk_is_shared_by_rows_of_other_labels(
+    bench: Bench, cache: TrunkCache, tmp_path: Path
+) -> None:
+    relabelled = replace(bench.dev, labels=bench.dev.labels[::-1].copy())
+    of(cache, bench.backbone, bench.dev)
+    of(cache, bench.backbone, relabelled)
+    assert len(names(tmp_path / "trunk")) == 1
+
+
+def test_trunk_changes_the_fingerprint_of_a_training(bench: Bench, cache: TrunkCache) -> None:
+    config = settings(**UPPER)
+
+    def fingerprint(trunk: TrunkCache | None) -> str:
+        learner = Learner(
+            bench.model(config), 0, task=bench.task, train=bench.train, dev=bench.dev,
+            config=config, trunk=trunk,
+        )  # fmt: skip
+        return learner.fingerprint()
+
+    assert fingerprint(None) == fingerprint(None)
+    assert fingerprint(cache) != fingerprint(None)

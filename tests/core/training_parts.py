@@ -14,7 +14,8 @@ from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.fit import TrainReport, fit
+from ptv2_core.training.fit import fit
+from ptv2_core.training.records import TrainReport
 from ptv2_core.training.start import new_model
 from ptv2_core.training.trunk import TrunkCache
 from tests.tiny import encode_for, examples_of, open_backbone, task_of

@@ -13,7 +13,7 @@ from ptv2_core.machine import measure_gemm_rate
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
-from ptv2_core.training.learner import EpochRecord
+from ptv2_core.training.records import EpochRecord
 from ptv2_core.training.stack import Stack
 from ptv2_core.training.start import new_model
 from ptv2_core.training.trunk import TrunkCache

@@ -1,7 +1,6 @@
 """A small real workspace (git and DVC) whose stages are stand-ins that do as params.yaml says."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -141,13 +140,3 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     with temporary_server(tmp_path_factory.mktemp("prefect")) as url:
         yield url
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process is there and not a zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/status")
-    return not (status.exists() and "\nState:\tZ" in status.read_text())

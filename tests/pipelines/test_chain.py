@@ -1,98 +1,28 @@
-"""The whole chain as a user runs it: DVC, Prefect, MLflow and the stages as real processes."""
+"""`dvc repro` as a user runs it: what runs again after what change, and what comes back."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipelines.settings import child_environment
-from tests.stage_parts import PARAMS, call, change_params, make_workspace, write_params
-
-ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "prepare", "search", "train", "evaluate", "register")
-DVC = (sys.executable, "-m", "dvc")
-PATIENCE_S = 240.0
+from tests.pipelines.chain_parts import (
+    DVC,
+    STAGES,
+    make_repository,
+    registered,
+    repro,
+    status,
+    versions,
+)
+from tests.pipelines.processes import environment, program, run
+from tests.stage_parts import PARAMS, call, change_params
 
 pytestmark = pytest.mark.slow
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a user's shell, without servers of another one."""
-    found = child_environment({"OMP_NUM_THREADS": "1"})
-    return {
-        name: value
-        for name, value in found.items()
-        if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
-    }
-
-
-def run(root: Path, *command: str) -> str:
-    """Run a command that must succeed; returns its standard output."""
-    done = subprocess.run(
-        command, cwd=root, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr}"
-    return done.stdout
-
-
-def program() -> str:
-    found = shutil.which("ptv2", path=environment()["PATH"])
-    assert found is not None, "the project is installed"
-    return found
-
-
-def make_repository(root: Path, tasks: dict[str, Any], **shared: Any) -> Path:
-    """Make a Git and DVC repository with the project's own stage graph."""
-    make_workspace(root)
-    write_params(root, {**PARAMS, **shared, "tasks": tasks})
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, root)
-    for name in ("pipelines", "ptv2_core"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(root, "git", "init", "-q", ".")
-    run(root, *DVC, "init", "-q")
-    run(root, "git", "add", "-A")
-    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    run(root, "git", *identity, "commit", "-q", "-m", "start")
-    return root
-
-
-def repro(root: Path, *arguments: str) -> list[str]:
-    """Run `dvc repro`; returns the stages whose commands ran, sorted."""
-    return sorted(
-        re.findall(r"^Running stage '(.+)':$", run(root, *DVC, "repro", *arguments), re.M)
-    )
-
-
-def status(root: Path, *arguments: str) -> dict[str, Any]:
-    """Return what `dvc status` says has changed."""
-    found: dict[str, Any] = json.loads(run(root, *DVC, "status", "--json", *arguments))
-    return found
-
-
-def registered(root: Path, task: str) -> Any:
-    return json.loads((root / "results" / task / "registered.json").read_text())
-
-
-def versions(root: Path) -> list[tuple[str, int]]:
-    """Return all model versions in the registry's database."""
-    with closing(sqlite3.connect(root / "mlflow.db")) as connection:
-        rows = connection.execute("SELECT name, version FROM model_versions ORDER BY name, version")
-        return [(name, version) for name, version in rows]
-
-
-# dvc repro
 
 
 @pytest.fixture(scope="module")
@@ -208,156 +138,3 @@ def test_chain_keeps_the_last_good_data_when_new_data_is_broken(repository: Path
     assert "Traceback" not in done.stderr + done.stdout
     assert (repository / "data" / "raw" / "intents" / "train.jsonl").is_file()
     assert registered(repository, "intents") == before
-
-
-# Real data
-
-
-@pytest.mark.bench_data
-def test_chain_on_real_data_ends_with_registered_versions(
-    tmp_path: Path, bench_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tasks = {
-        "rte": {
-            "fetch": {
-                "source": "local",
-                "path": str(bench_data.resolve() / "rte"),
-                "files": {"train": "train.jsonl", "test": "validation.jsonl"},
-            },
-            "prepare": {
-                "kind": "classification",
-                "text": "premise",
-                "text_pair": "hypothesis",
-                "label": "label",
-            },
-            "search": {},
-            "train": {},
-        },
-        "snips": {
-            "fetch": {"source": "local", "path": str(bench_data.resolve() / "snips")},
-            "prepare": {"kind": "tagging", "tokens": "tokens", "tags": "tags"},
-            "search": {},
-            "train": {},
-        },
-    }
-    root = make_repository(
-        tmp_path / "real",
-        tasks,
-        backbone={**PARAMS["backbone"], "name": "all-minilm-l6-v2"},
-        prepare={"max_length": 32, "dev_fraction": 0.1, "test_fraction": 0.1, "max_rows": 64},
-        train={"prompt": {"length": 8}, "epochs": 1, "batch_size": 32},
-    )
-    monkeypatch.chdir(root)
-    said = run(root, program(), "run")
-    assert "12 stages: 12 ran" in said
-    assert "INFO mlflow" not in said
-    assert versions(root) == [("rte", 1), ("snips", 1)]
-    kinds = {"rte": "accuracy", "snips": "span_f1"}
-    for task, metric in kinds.items():
-        scores = json.loads((root / "results" / task / "evaluate" / "metrics.json").read_text())
-        assert (scores["metric"], scores["test_rows"]) == (metric, 64)
-        manifest = json.loads((root / "prompts" / task / "prompt.json").read_text())
-        assert len(manifest["golden"]) == 4
-        assert call("pull", task, "--to", f"pulled/{task}") == 0
-    assert status(root) == {}
-
-
-# A run that is killed
-
-
-def _trials(root: Path) -> list[tuple[int, str, str]]:
-    """Return number, state and end of each trial of the search, in any state."""
-    file = root / ".ptv2" / "studies" / "intents.db"
-    if not file.exists():
-        return []
-    try:
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
-            return connection.execute(
-                "SELECT number, state, datetime_complete FROM trials ORDER BY number"
-            ).fetchall()
-    except sqlite3.OperationalError:
-        return []
-
-
-def _complete(root: Path) -> list[tuple[int, str, str]]:
-    return [trial for trial in _trials(root) if trial[1] == "COMPLETE"]
-
-
-def _processes(root: Path) -> dict[int, str]:
-    """Return the processes that run in a folder or below, with their commands."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and Path(os.readlink(entry / "cwd")).is_relative_to(root):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if command:
-                    found[int(entry.name)] = command
-        except OSError:
-            continue
-    return found
-
-
-def _is_training(root: Path) -> bool:
-    """Tell whether a train stage has loaded its libraries and goes on."""
-    for pid, command in _processes(root).items():
-        if "bin/ptv2 train --task intents" in command:
-            try:
-                return "/safetensors/" in Path(f"/proc/{pid}/maps").read_text()
-            except OSError:
-                return False
-    return False
-
-
-def _within_patience(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        if process.poll() is not None and process.returncode != -signal.SIGKILL:
-            return False
-        time.sleep(0.05)
-    return False
-
-
-def _kill_once(root: Path, condition: Callable[[], bool]) -> None:
-    """Start `ptv2 run`, kill it as the kernel does once something holds, and see all end."""
-    with (root / "killed.log").open("wb") as log:
-        process = subprocess.Popen(
-            [program(), "run"], cwd=root, env=environment(), stdout=log, stderr=log
-        )
-    try:
-        reached = _within_patience(condition, process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert reached, (root / "killed.log").read_text()
-    assert _within_patience(lambda: not _processes(root), process), _processes(root)
-
-
-@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks at processes in /proc")
-def test_chain_goes_on_after_sigkill_in_search_and_in_training(tmp_path: Path) -> None:
-    root = make_repository(
-        tmp_path / "killed",
-        {"intents": PARAMS["tasks"]["intents"]},
-        search={**PARAMS["search"], "n_trials": 4, "epochs": 30, "pruner": "none"},
-        train={"prompt": {"length": 4}, "epochs": 300, "batch_size": 16, "patience": 300},
-    )
-    _kill_once(root, lambda: len(_complete(root)) >= 2 and _trials(root)[-1][1] == "RUNNING")
-    kept = _complete(root)
-    assert 2 <= len(kept) < 4
-    assert not (root / "results" / "intents" / "search" / "best.json").exists()
-
-    _kill_once(root, lambda: _is_training(root))
-    searched = _complete(root)
-    assert searched[: len(kept)] == kept
-    assert len(searched) == 4
-    best = json.loads((root / "results" / "intents" / "search" / "best.json").read_text())
-    assert best["n_trials"] == {"complete": 4, "pruned": 0, "failed": 0}
-    assert not (root / "results" / "intents" / "train").exists()
-
-    said = run(root, program(), "run")
-    assert "6 stages: 3 unchanged, 3 ran" in said
-    assert _complete(root) == searched
-    assert versions(root) == [("intents", 1)]
-    assert status(root) == {}
-    assert not _processes(root)

@@ -154,7 +154,8 @@ def test_cli_leaves_nothing_else_in_the_workspace(finished_once: Path) -> None:
         "results",
     ]  # fmt: skip
     studies = {f"studies/{task}.{kind}" for task in ("intents", "pairs") for kind in ("db", "lock")}
-    assert set(files(finished_once / ".ptv2")) == studies
+    locks = {f"checkpoints/{task}.lock" for task in TASKS}
+    assert set(files(finished_once / ".ptv2")) == studies | locks
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -542,6 +543,15 @@ def test_cli_without_its_options_says_which(ptv2: Ptv2, ready: Path) -> None:
             {"search.space.prompt_length": None, "train.prompt.length": 60},
             "train.prompt.length",
         ),
+        (
+            "search",
+            {
+                "search.space.prompt_length": [2, 60],
+                "search.space.prompt_layers": [2, "all"],
+                "train.prompt.layers": 2,
+            },
+            "search.space.prompt_length",
+        ),
         ("train", {"train.prompt.length": 60}, "train.prompt.length"),
     ],
 )
@@ -555,6 +565,25 @@ def test_cli_refuses_a_prompt_longer_than_the_positions_allow(
     said = refused(ptv2, stage, "--task", "intents")
     assert said.startswith(f"{key}: 60 prompt positions and ")
     assert "but ./backbone has 64; expected a length of at most 5" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"search.space.prompt_layers": ["all", 3, 4]}, "search.space.prompt_layers"),
+        (
+            {"search.screen": {"layers": 4, "n_trials": 2, "keep": 1}},
+            "search.screen.layers",
+        ),
+    ],
+)
+def test_cli_search_refuses_layers_that_the_backbone_has_not(
+    changes: dict[str, Any], key: str, ptv2: Ptv2, finished: Path
+) -> None:
+    change_params(finished, changes)
+    assert refused(ptv2, "search", "--task", "intents") == (
+        f"{key}: expected a number of top layers from 1 to 3, which is what the backbone has; got 4"
+    )
 
 
 # The backbone

@@ -19,7 +19,8 @@ from pipelines.errors import (
     TemporaryError,
 )
 from pipelines.settings import child_environment
-from tests.pipelines.conftest import Workspace, is_running
+from tests.pipelines.conftest import Workspace
+from tests.pipelines.processes import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines import flows
 from pipelines.errors import PipelineError
-from tests.pipelines.conftest import Workspace, is_running
+from tests.pipelines.conftest import Workspace
+from tests.pipelines.processes import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,6 +4,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,9 @@ from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages import lanes as lanes_module
 from pipelines.stages.lanes import Stacked, Workers, open_lanes
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.search import rank_correlation
+from pipelines.stages.search import Screen, rank_correlation
 from pipelines.stages.training import backbone_for
-from pipelines.study import Lanes, OneByOne, Outcome, Study
+from pipelines.study import Lanes, OneByOne, Outcome, Study, Trial
 from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.model.backbones.base import Backbone
 from tests.stage_parts import call, change_params, make_workspace
@@ -123,6 +126,53 @@ def test_lanes_say_that_a_process_was_killed(parts: Parts) -> None:
         drain(workers, 0)
     workers.start(1, FAST)
     assert len(drain(workers, 1)) == EPOCHS
+    workers.close()
+
+
+@pytest.mark.slow
+def test_lanes_say_why_a_process_cannot_begin(parts: Parts) -> None:
+    settings, paths, _, _ = parts
+    backbone = settings.backbone.model_copy(update={"name": "./elsewhere"})
+    workers = Workers(replace(settings, backbone=backbone), paths, processes=1, threads=1)
+    workers.start(0, FAST)
+    workers.start(1, FAST)
+    with pytest.raises(PipelineError, match=r"backbone\.name: './elsewhere' is not there"):
+        workers.next(0)
+    workers.close()
+
+
+def work_far_ahead(pipe: Connection, *_: Any) -> None:
+    """Score all trials again and again, and read what is sent between two rounds only."""
+    running = set()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            while not running or pipe.poll():
+                ticket, changes = pipe.recv()
+                if changes is None:
+                    running.remove(ticket)
+                else:
+                    running.add(ticket)
+            for ticket in running:
+                pipe.send((ticket, 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_lanes_are_given_up_while_their_process_waits_for_room_for_scores(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "_work", work_far_ahead)
+    settings, paths, _, _ = parts
+    workers = Workers(settings, paths, processes=1, threads=1)
+    lanes = range(256)
+    for lane in lanes:
+        workers.start(lane, FAST)
+    for _ in range(4):
+        assert [workers.next(lane) for lane in lanes] == [0.5] * 256
+        for lane in lanes:
+            workers.stop(lane)
+        for lane in lanes:
+            workers.start(lane, {**FAST, "learning_rate": 1e-3})
     workers.close()
 
 
@@ -235,6 +285,30 @@ def test_search_screen_begins_the_search_and_tells_how_well_it_ranked(
 def test_search_rank_correlation_is_spearmans(pairs: Any, expected: float | None) -> None:
     found = rank_correlation(pairs)
     assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))
+
+
+def test_search_screen_compares_settings_that_ended_both_ways_once_each() -> None:
+    def trial(number: int, state: str, value: float, **params: Any) -> Trial:
+        return Trial(number=number, state=state, value=value, params=params)
+
+    screened = [
+        trial(0, "complete", 0.9, prompt_length=4, reparameterization="mlp"),
+        trial(1, "complete", 0.9, prompt_length=4, reparameterization="mlp"),
+        trial(2, "complete", 0.8, prompt_length=8, reparameterization="mlp"),
+        trial(3, "complete", 0.7, prompt_length=9, reparameterization="mlp"),
+        trial(4, "complete", 0.6, prompt_length=9, reparameterization="embedding"),
+    ]
+    full = [
+        trial(0, "complete", 0.5, reparameterization="mlp", prompt_length=4),
+        trial(1, "complete", 0.6, reparameterization="mlp", prompt_length=8),
+        trial(2, "complete", 0.6, reparameterization="mlp", prompt_length=8),
+        trial(3, "pruned", 0.1, reparameterization="mlp", prompt_length=9),
+        trial(4, "complete", 0.7, reparameterization="embedding", prompt_length=9),
+    ]
+    counts = {"complete": 5, "pruned": 0, "failed": 0}
+    screen = Screen(layers=1, keep=2, counts=counts, trials=screened)
+    found = screen.agreement(full)
+    assert (found.compared, found.rank_correlation) == (3, pytest.approx(-1.0))
 
 
 def test_lanes_in_one_forward_refuse_draws_that_neighbours_would_share(parts: Parts) -> None:

@@ -210,6 +210,24 @@ tasks:
         ("search.first", [{"prompt_length": 3}], "inside space.prompt_length ([4, 16]), got 3"),
         ("search.first", [{"prompt_dropout": 0.1}], "inside space.prompt_dropout (no range)"),
         ("search.first", {"prompt_length": 3}, "expected a list of mappings"),
+        ("search.first", [{"prompt_layers": 2}], "inside space.prompt_layers (no range), got 2"),
+        ("search.parallel", 0, "expected a whole number of trials side by side, 1 to 256, got 0"),
+        ("search.screen", 3, "a mapping such as {layers: 2, n_trials: 12, keep: 3}, got 3"),
+        (
+            "search.screen",
+            {"layers": 1, "n_trials": 1, "keep": 2},
+            "expected n_trials (1) at most, got 2",
+        ),
+        (
+            "search.screen",
+            {"layers": 1, "n_trials": 9, "keep": 3},
+            "expected search.n_trials (2) at most, which train them; got 3",
+        ),
+        (
+            "search.screen",
+            {"layers": 1, "n_trials": 200, "keep": 150},
+            "expected search.n_trials",
+        ),
         ("train", [], "expected a mapping of settings, got []"),
         ("register.gate_margin", -0.1, "expected a number from 0 to 1"),
         ("register", ..., "this section is required"),
@@ -235,6 +253,31 @@ def test_one_wrong_value_is_named(path: str, value: Any, expected: str, tmp_path
     found = problems(tmp_path, _with(GOOD, path, value))
     assert any(expected in message for message in found.values()), found
     assert all(place.startswith(path.rpartition(".")[0] or path) for place in found), found
+
+
+@pytest.mark.parametrize("layers", ["some", 0, True])
+def test_a_value_that_may_be_of_two_kinds_is_one_problem(layers: Any, tmp_path: Path) -> None:
+    values = _with(GOOD, "search.space.prompt_layers", ["all", layers])
+    values = _with(values, "search.first", [{"prompt_length": 8}, {"prompt_layers": layers}])
+    found = problems(tmp_path, values)
+    assert {place: message.rpartition(" (")[0] for place, message in found.items()} == {
+        "search.space.prompt_layers.1": (
+            f"expected null or a list of all and numbers of top layers, as [all, 4], got {layers!r}"
+        ),
+        "search.first.1.prompt_layers": f"expected all or a number of top layers, got {layers!r}",
+    }
+
+
+def test_a_screen_does_not_go_with_a_search_over_layers(tmp_path: Path) -> None:
+    values = _with(GOOD, "search.space.prompt_layers", ["all", 2])
+    values = _with(values, "search.screen", {"layers": 1, "n_trials": 2, "keep": 1})
+    assert list(problems(tmp_path, values)) == ["search.screen"]
+
+
+def test_a_screen_is_no_concern_of_a_task_without_a_search(tmp_path: Path) -> None:
+    values = _with(GOOD, "search.screen", {"layers": 1, "n_trials": 2, "keep": 1})
+    values = _with(values, "tasks.rte.search", {"n_trials": 0})
+    assert load(tmp_path, values).task("rte").search.n_trials == 0
 
 
 def test_a_problem_of_a_shared_section_is_not_repeated_for_each_task(tmp_path: Path) -> None:

@@ -171,11 +171,15 @@ def test_study_draws_inside_its_space_and_nests_what_it_drew(
         "learning_rate": [1e-3, 1e-2],
         "reparameterization": ["embedding", "mlp"],
         "prompt_dropout": [0.0, 0.2],
+        "prompt_layers": ["all", 2],
     }
-    search.run(open_study(tmp_path, space=space, n_trials=4))
+    first = [{"prompt_layers": 2}, {"prompt_layers": "all"}]
+    search.run(open_study(tmp_path, space=space, first=first, n_trials=4))
+    assert [changes["prompt"]["layers"] for changes in search.asked[:2]] == [2, "all"]
     for changes in search.asked:
         assert set(changes) == {"prompt", "learning_rate"}
-        assert set(changes["prompt"]) == {"length", "reparameterization", "dropout"}
+        assert set(changes["prompt"]) == {"length", "reparameterization", "dropout", "layers"}
+        assert changes["prompt"]["layers"] in ("all", 2)
         assert 2 <= changes["prompt"]["length"] <= 8
         assert 1e-3 <= changes["learning_rate"] <= 1e-2
         assert changes["prompt"]["reparameterization"] in ("embedding", "mlp")
@@ -240,6 +244,30 @@ def test_study_retries_what_was_running_and_does_not_count_it(
         "COMPLETE", "FAIL", "COMPLETE", "COMPLETE",
     ]  # fmt: skip
     assert [row["trial"] for row in rows(study, tmp_path)] == ["0", "2", "3"]
+
+
+@pytest.mark.parametrize("last", ["enqueue_trial", "tell"])
+def test_study_cut_off_while_it_retries_tries_no_settings_twice(
+    last: str, tmp_path: Path, search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        search.run(open_study(tmp_path, n_trials=4), _interrupted_in(2, epoch=2))
+    cut_off = open_study(tmp_path, n_trials=4)
+    step = getattr(cut_off._study, last)
+
+    def cut(*arguments: Any, **more: Any) -> None:
+        if last == "enqueue_trial":
+            step(*arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cut_off._study, last, cut)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(cut_off)
+    resumed = Search()
+    assert resumed.run(open_study(tmp_path, n_trials=4)).counts["complete"] == 4
+    assert resumed.asked[0] == search.asked[1]
+    tried = [str(changes) for changes in (search.asked[0], *resumed.asked)]
+    assert len(set(tried)) == len(tried) == 4
 
 
 @pytest.mark.parametrize("drawn", ["nothing", "all"])
@@ -367,7 +395,9 @@ def test_study_table_has_a_row_a_trial(tmp_path: Path, search: Search) -> None:
 def test_study_page_needs_nothing_from_the_network(
     n_trials: int, tmp_path: Path, search: Search
 ) -> None:
-    study = open_study(tmp_path, n_trials=n_trials)
+    # the plots also show a setting whose values are a text and a number
+    space = {**SPACE, "prompt_layers": ["all", 2]}
+    study = open_study(tmp_path, n_trials=n_trials, space=space)
     search.run(study)
     study.write_plots(tmp_path / "search.html", task="intents", metric="accuracy")
     page = (tmp_path / "search.html").read_text(encoding="utf-8")

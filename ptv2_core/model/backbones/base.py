@@ -210,6 +210,8 @@ class Backbone(nn.Module):
             recompute: Whether a layer's activations are computed again in the backward pass
                 instead of kept.
         """
+        below = prompts.layers[: trunk.num_layers] if trunk else ()
+        assert all(prompt is None for prompt in below), "a trunk ends below the first prompt"
         hidden = self._embed(input_ids, token_type_ids, shifts) if trunk is None else trunk.hidden
         last = self.spec.shape.num_layers - 1
         for index in range(trunk.num_layers if trunk else 0, last + 1):

@@ -85,6 +85,7 @@ def load_backbone(
     digest: str | None = None,
     precision: Precision = "auto",
     device: Device = "auto",
+    packs: bool = True,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -94,6 +95,7 @@ def load_backbone(
         digest: Refuse weights with any other digest.
         precision: Number format of the frozen weights.
         device: Where to put them.
+        packs: Whether linear layers may be packed (bf16 on a CPU): faster, the same products.
 
     Raises:
         BackboneError: It is not there, unsupported, damaged or not the expected one.
@@ -129,7 +131,7 @@ def load_backbone(
     )
     first = config.pad_token_id + 1 if interface.MODEL_TYPES[config.model_type] else 0
     model = model.to(chosen)
-    if chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
+    if packs and chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         pack(model)
     return Backbone(model, spec, interface.BertFamily(model), first_position=first)
 
