@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     shapes = {None: BOTH[:1] if given.quick else BOTH, "both": BOTH}
     plan = Plan(
         shapes=shapes.get(given.shape, (given.shape,)),
-        lengths=tuple(SOURCES)[:1] if given.quick else tuple(SOURCES),
+        lengths=(given.lengths,) if given.lengths else tuple(SOURCES)[: 1 if given.quick else None],
         num_sentences=given.sentences,
         rounds=given.rounds,
         memory=not given.no_memory,
@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*NAMES, "both"),
         metavar="{minilm,bert-base,both}",
         help="default: both, or minilm with --quick",
+    )
+    parser.add_argument(
+        "--lengths", choices=tuple(SOURCES), help="default: both, or rte with --quick"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--sentences", type=int, default=64, help="a round; default: %(default)s")

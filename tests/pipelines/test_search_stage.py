@@ -109,19 +109,22 @@ def test_search_stage_interrupted_and_killed_ends_with_exactly_its_trials(
     assert last == "interrupted; the same command goes on from what is finished"
     assert all(line.startswith("search intents: ") for line in progress)
 
-    killed = start_search(root)
+    given_up = states(root).count("RUNNING")
     kept = states(root).count("COMPLETE")
+
+    killed = start_search(root)
     killed.wait_until(lambda: in_the_middle(root, complete=kept + 1))
     killed.kill()
     killed.wait_until_all_is_gone()
     assert all(line.startswith("search intents: ") for line in killed.said.splitlines())
+    given_up += states(root).count("RUNNING")
     assert kept < states(root).count("COMPLETE") < N_TRIALS
 
     monkeypatch.chdir(root)
     assert call("search", "-t", "intents") == 0
     best = json.loads((paths_of(root).search / "best.json").read_text())
     assert best["n_trials"] == {"complete": N_TRIALS, "pruned": 0, "failed": 0}
-    assert [states(root).count(state) for state in ("COMPLETE", "FAIL")] == [N_TRIALS, 4]
+    assert sorted(states(root)) == ["COMPLETE"] * N_TRIALS + ["FAIL"] * given_up
     with (paths_of(root).search / "trials.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == N_TRIALS
