@@ -63,7 +63,7 @@ format: setup ## Format the code and fix what the linter can fix
 bench: setup ## Print how fast training is here against the named peers, in minutes
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-train: setup ## The same in full: all data sets and backbones (about an hour)
+bench-train: setup ## The same in full: all data sets and backbones
 	$(BIN)/python -m benchmarks.train $(ARGS)
 
 up: ## Start PostgreSQL, MLflow, Prefect and a worker in containers (needs .env, see .env.example)

@@ -143,7 +143,7 @@ class TrainConfig:
         seed: Of the start, the order of rows and dropout.
         backbone_dropout: Whether the frozen backbone drops out as in its own pre-training.
         gradient_checkpointing: Whether a layer's activations are computed again in the backward
-            pass instead of kept: less memory, about a third more time.
+            pass instead of kept: less memory, about half more time.
     """
 
     prompt: PromptConfig = field(default_factory=PromptConfig)

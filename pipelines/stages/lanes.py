@@ -35,8 +35,9 @@ def open_lanes(
 ) -> Iterator[Lanes]:
     """Open what suits the device; the trials' scores are the same in all, to rounding in a stack.
 
-    On CUDA the trials share a forward, since small batches leave the card idle. On a CPU each has
-    a process of one thread, since two threads on one small product are slower than one each.
+    On CUDA the trials share a forward, since small batches leave the card idle. On a CPU they
+    share this process's threads out among processes, since two threads on one small product are
+    slower than one each.
 
     Args:
         settings: Of the search.

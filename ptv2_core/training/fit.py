@@ -45,12 +45,15 @@ def fit(
         A report a step; of a training that goes on from a checkpoint, first the place where.
 
     Raises:
-        TrainingError: The loss is not finite; the step that would spread it is not taken.
+        ConfigError: A team cannot train with these settings.
+        TrainingError: The loss is not finite, and the step that would spread it is not taken; or
+            the checkpoint is damaged, or cannot be written.
     """
     learner = Learner(
         model, 0, task=task, train=train, dev=dev, config=config, trunk=trunk, team=team
     )
     fingerprint = learner.fingerprint() if checkpoint else ""
+    writer = checkpoint if team is None or team.rank == 0 else None
     try:
         if checkpoint is not None:
             snapshot = checkpoint.load(fingerprint=fingerprint)
@@ -62,11 +65,8 @@ def fit(
             (result,) = take_step(model, [learner])
             if isinstance(result, TrainingError):
                 raise result
-            writes = checkpoint is not None and (team is None or team.rank == 0)
-            if writes and (learner.is_done or checkpoint.is_due(learner.step)):  # type: ignore[union-attr]
-                checkpoint.save(  # type: ignore[union-attr]
-                    learner.snapshot(), fingerprint=fingerprint, step=learner.step
-                )
+            if writer is not None and (learner.is_done or writer.is_due(learner.step)):
+                writer.save(learner.snapshot(), fingerprint=fingerprint, step=learner.step)
             yield result
     finally:
         learner.restore_best()
