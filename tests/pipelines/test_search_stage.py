@@ -17,7 +17,8 @@ from pipelines.threads import available_cores
 from tests.pipelines.processes import Running, environment, has_mapped, processes, program
 from tests.stage_parts import call, change_params, intent_rows, make_workspace, write_jsonl
 
-N_TRIALS = 8
+# enough that a test which looks too seldom, on a busy machine, still meets an unfinished search
+N_TRIALS = 24
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,10 +91,9 @@ def states(root: Path) -> list[str]:
     return [state for (state,) in rows]
 
 
-def in_the_middle(root: Path, *, complete: int) -> bool:
-    """Tell whether some trials are complete and two are running."""
-    found = states(root)
-    return found.count("COMPLETE") >= complete and found.count("RUNNING") == 2
+def complete(root: Path) -> int:
+    """Return how many trials are complete."""
+    return states(root).count("COMPLETE")
 
 
 def test_search_stage_interrupted_and_killed_ends_with_exactly_its_trials(
@@ -101,7 +101,7 @@ def test_search_stage_interrupted_and_killed_ends_with_exactly_its_trials(
 ) -> None:
     root = shutil.copytree(short_epochs, tmp_path / "workspace")
     interrupted = start_search(root)
-    interrupted.wait_until(lambda: in_the_middle(root, complete=1))
+    interrupted.wait_until(lambda: complete(root) >= 1)
     assert len(workers(root)) == 2
     assert interrupted.interrupt() == 130
     interrupted.wait_until_all_is_gone()
@@ -110,15 +110,15 @@ def test_search_stage_interrupted_and_killed_ends_with_exactly_its_trials(
     assert all(line.startswith("search intents: ") for line in progress)
 
     given_up = states(root).count("RUNNING")
-    kept = states(root).count("COMPLETE")
+    kept = complete(root)
 
     killed = start_search(root)
-    killed.wait_until(lambda: in_the_middle(root, complete=kept + 1))
+    killed.wait_until(lambda: complete(root) > kept)
     killed.kill()
     killed.wait_until_all_is_gone()
     assert all(line.startswith("search intents: ") for line in killed.said.splitlines())
     given_up += states(root).count("RUNNING")
-    assert kept < states(root).count("COMPLETE") < N_TRIALS
+    assert kept < complete(root) < N_TRIALS
 
     monkeypatch.chdir(root)
     assert call("search", "-t", "intents") == 0
