@@ -6,13 +6,13 @@ from pathlib import Path
 
 from ptv2_core.data.encoding import EncodedSplit, encode_examples
 from ptv2_core.data.examples import (
-    Fields,
     Record,
     carve_splits,
     collect_labels,
     cut_rows,
-    parse_records,
 )
+from ptv2_core.data.fields import Fields
+from ptv2_core.data.parsing import parse_records
 from ptv2_core.data.tasks import METRICS, TaskKind, TaskSpec
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 
@@ -63,7 +63,7 @@ def load_task(
     )
     tokenizer = load_tokenizer(locate(backbone), words=kind == "tagging")
     encoded = {
-        split: encode_examples(examples, tokenizer, labels=labels, max_length=MAX_LENGTH)[0]
+        split: encode_examples(examples, tokenizer, task=task, max_length=MAX_LENGTH)[0]
         for split, examples in splits.items()
     }
     return task, encoded

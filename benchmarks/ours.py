@@ -21,7 +21,7 @@ from ptv2_core.config import Precision, TrainConfig
 from ptv2_core.data.batching import Batch, collate, shuffled_batches
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import METRICS, TaskSpec
-from ptv2_core.evaluation.scoring import cross_entropy
+from ptv2_core.evaluation.forms import rules_of
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.prompted import Part, PromptedModel
 from ptv2_core.training.optim import make_optimizer
@@ -147,6 +147,7 @@ def _round(
     trained = dict(model.trainable())
     optimizer = make_optimizer(trained, config)
     seed = SEED if config.backbone_dropout else None
+    rules = rules_of(task().form)
 
     def once() -> float:
         model.train()
@@ -155,7 +156,6 @@ def _round(
             batch = collate(split, rows)
             if padded:
                 batch = _widened(batch)
-            assert batch.labels is not None, "the sentences have labels"
             part = Part(
                 slot=0,
                 input_ids=batch.input_ids,
@@ -165,7 +165,8 @@ def _round(
             )
             with model.backbone.dropout(seed):
                 logits = model.answer([part], recompute=config.gradient_checkpointing)[0]
-                cross_entropy(logits, batch.labels).backward()  # type: ignore[no-untyped-call]
+                loss = rules.loss(logits, batch) / rules.count(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

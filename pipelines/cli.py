@@ -5,11 +5,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptv2_core.errors import ConfigError, DataError, PTv2Error
+from ptv2_core.errors import ConfigError, PTv2Error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,9 @@ def fetch(task: Task, workspace: Workspace = Path()) -> None:
     done = stage.run(settings, paths)
     rows = ", ".join(f"{count} {split}" for split, count in done.rows.items())
     _say(f"fetched {task}: {rows} records")
+    for split, left_out in done.skipped.items():
+        for what, count in left_out.items():
+            _say(f"  {split}: {count} {what} gave no record")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -101,7 +104,11 @@ def prepare(task: Task, workspace: Workspace = Path()) -> None:
 
     done = stage.run(settings, paths)
     rows = ", ".join(f"{report.rows} {split}" for split, report in done.splits.items())
-    _say(f"prepared {task}: {rows} rows, {done.labels} labels")
+    labels = f", {done.labels} labels" if done.labels else ""
+    _say(f"prepared {task}: {rows} rows{labels}")
+    windows = sum(report.windows for report in done.splits.values())
+    if windows:
+        _say(f"  {windows} rows are further windows of contexts longer than one row")
     cut = sum(report.truncated for report in done.splits.values())
     if cut:
         _say(f"  {cut} rows were cut to {settings.prepare.max_length} tokens (prepare.max_length)")
@@ -187,6 +194,104 @@ def register(task: Task, workspace: Workspace = Path()) -> None:
 
 
 @app.command(rich_help_panel=EVERYDAY)
+def compare(
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Only this task; may be repeated.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Only this method; default: compare.methods."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="This seed; may be repeated; default: compare.seeds.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=0, help="Trials of each search; default: compare.n_trials.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Trainings side by side; default: compare.parallel.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Compare tuning methods on the same data, loop and number of trials; goes on when killed."""
+    from pipelines import launch_compare
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    chosen = [settings.task(name).name for name in task] if task else list(settings.tasks)
+    changes = {"methods": method, "seeds": seed, "n_trials": trials, "parallel": parallel}
+    launch_compare.run(settings, chosen, changes, json_file, _console())
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def multitask(
+    name: Annotated[str, typer.Argument(help="A name under multitask.shared of params.yaml.")],
+    workspace: Workspace = Path(),
+) -> None:
+    """Train one prompt on several tasks at once, a head each; goes on from a checkpoint."""
+    from pipelines import multitask as shared
+    from pipelines.console import progress, shared_table
+    from pipelines.settings import load_settings
+    from pipelines.threads import limit_threads
+
+    limit_threads()
+    load_settings(workspace / "params.yaml")
+    os.chdir(workspace)
+    settings = load_settings(Path("params.yaml"))
+    with progress(f"multitask {name}", _console()) as on_progress:
+        done = shared.run(settings, name, on_progress)
+    _console().print(shared_table(name, done))
+    _say("a training begins from one of them with train.init_from, such as " + done[0].prompt)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def add(
+    name: Annotated[str, typer.Argument(help="A task of the file of published settings.")],
+    source: Annotated[Path, typer.Option("--from", help="The file of published settings.")] = Path(
+        "configs/paper.yaml"
+    ),
+    family: Annotated[
+        str, typer.Option("--settings", help="Whose settings: bert-large, roberta-large or none.")
+    ] = "none",
+    called: Annotated[
+        str | None, typer.Option("--as", help="The task's name in params.yaml; default: NAME.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Add a task of the paper, with its published settings, to params.yaml."""
+    from pipelines import published
+    from pipelines.checking import did_you_mean
+
+    known = published.load_published(workspace / source)
+    if name not in known:
+        hint = did_you_mean(name, list(known))
+        raise ConfigError(f"expected a task of {workspace / source}, got {name!r}{hint}")
+    chosen = None if family == published.NOTHING else family
+    published.add_task(workspace / "params.yaml", known[name], chosen, name=called)
+    _say(f"added {called or name} to {workspace / 'params.yaml'}")
+    needed = published.needed_first(known[name], workspace)
+    if needed is not None:
+        _say(needed)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def pin(
+    file: Annotated[Path, typer.Argument(help="A pin file of a hub's data set.")],
+    update: Annotated[
+        bool, typer.Option("--update", help="Take the newest commit in place of the one pinned.")
+    ] = False,
+) -> None:
+    """Pin a data set of a hub to its present commit; needs the network."""
+    from pipelines.sources import hub_pin
+
+    done = hub_pin.pin(file, update=update)
+    _say(f"pinned {done.dataset} to {done.revision} ({done.ref})")
+
+
+@app.command(rich_help_panel=EVERYDAY)
 def check(workspace: Workspace = Path()) -> None:
     """Check params.yaml and say which tasks it has."""
     from pipelines.settings import load_settings
@@ -261,22 +366,28 @@ def pull(
 def predict(
     prompt: Annotated[Path, typer.Argument(help="A folder with a prompt.")],
     texts: Annotated[
-        list[str], typer.Argument(help="Texts, or - for JSON lines on standard input.")
-    ],
+        list[str] | None, typer.Argument(help="Texts, or - for JSON lines on standard input.")
+    ] = None,
     pair: Annotated[
         list[str] | None, typer.Option(help="The second text of each, for tasks on pairs.")
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="A JSON object, where texts do not suffice; may be repeated."),
     ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Answer texts with a prompt: labels with probabilities, or tagged spans."""
+    """Answer texts or other inputs with a prompt: labels, numbers, choices, spans, answers."""
+    from pipelines.predict_inputs import read_inputs
     from pipelines.threads import limit_threads
+    from ptv2_core.artifact import load_manifest
     from ptv2_core.evaluation.predict import Predictor
 
     limit_threads()
-    inputs = _read_inputs(texts, pair)
+    inputs = read_inputs(load_manifest(prompt).task, texts or [], pair, given)
     predictor = Predictor.load(prompt, backbone_name=backbone)
     answers = predictor.predict(inputs)
     if as_json or texts == ["-"]:
@@ -286,39 +397,6 @@ def predict(
     from pipelines.console import answers_table
 
     _console().print(answers_table(inputs, answers))
-
-
-def _read_inputs(texts: list[str], pairs: list[str] | None) -> list[dict[str, Any]]:
-    if texts == ["-"]:
-        return _read_json_lines()
-    if pairs is None:
-        return [{"text": text} for text in texts]
-    if len(pairs) != len(texts):
-        raise DataError(f"expected a --pair for each of {len(texts)} texts, got {len(pairs)}")
-    return [{"text": text, "text_pair": pair} for text, pair in zip(texts, pairs, strict=True)]
-
-
-def _read_json_lines() -> list[dict[str, Any]]:
-    """Read standard input; every broken line is named before anything is answered."""
-    inputs: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for number, line in enumerate(sys.stdin.buffer.read().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            problems.append(f"standard input, line {number}: not JSON in UTF-8 ({error})")
-            continue
-        if isinstance(value, dict):
-            inputs.append(value)
-        else:
-            problems.append(f"standard input, line {number}: expected an object, got {value!r:.60}")
-    if problems:
-        raise DataError.collected(problems)
-    if not inputs:
-        raise DataError("standard input is empty; expected JSON lines with a text each")
-    return inputs
 
 
 def _task(workspace: Path, name: str) -> "tuple[TaskSettings, TaskPaths]":

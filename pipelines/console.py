@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,10 +16,15 @@ from pipelines.stages import Progress as OnProgress
 
 if TYPE_CHECKING:
     from pipelines.doctor import Finding
+    from pipelines.multitask import Shared
 
 # a log is read later: a line now and then is enough
 PLAIN_INTERVAL_S = 5.0
 MOST_PROBABILITIES = 3
+# of an input's field that has a name; a whole passage would fill the screen
+MOST_CHARACTERS = 200
+# fields that need no name
+UNNAMED = ("text", "text_pair", "tokens")
 STATE_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -59,10 +65,21 @@ def _plain(title: str, console: Console) -> OnProgress:
 def results_table(rows: Sequence[report.Row]) -> Table:
     """Return the table that ends a run."""
     table = Table(title="Registered prompts", title_justify="left")
-    for place, header in enumerate(report.HEADERS):
-        table.add_column(header, justify="left" if place in (0, 1, 10) else "right")
+    for header in report.HEADERS:
+        table.add_column(header, justify="left" if header in report.LEFT else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.cells()))
+    return table
+
+
+def shared_table(name: str, parts: Sequence["Shared"]) -> Table:
+    """Return the table that ends the training of a shared prompt."""
+    table = Table(title=f"Shared prompt {name}", title_justify="left")
+    for place, header in enumerate(("task", "metric", "share", "dev", "test", "prompt")):
+        table.add_column(header, justify="left" if place in (0, 1, 5) else "right")
+    for part in parts:
+        scores = (f"{100 * part.share:.0f} %", f"{100 * part.dev:.1f}", f"{100 * part.test:.1f}")
+        table.add_row(*(Text(cell) for cell in (part.task, part.metric, *scores, part.prompt)))
     return table
 
 
@@ -90,19 +107,50 @@ def findings_table(findings: Sequence["Finding"]) -> Table:
 def answers_table(
     inputs: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
 ) -> Table:
-    """Return answers for people: label and probabilities, or tagged spans."""
-    is_tagging = "spans" in answers[0]
+    """Return answers for people: what was asked, and what the prompt says."""
     table = Table()
-    for header in ("input", "spans") if is_tagging else ("input", "label", "probabilities"):
+    for header in ("input", *_cells(answers[0])):
         table.add_column(header)
     for given, answer in zip(inputs, answers, strict=True):
-        texts = [given.get("text") or " ".join(given.get("tokens", ())), given.get("text_pair")]
-        shown = Text("\n".join(text for text in texts if text))
-        if is_tagging:
-            found = [f"{span['text']} = {span['type']}" for span in answer["spans"]]
-            table.add_row(shown, Text("\n".join(found) or "none"))
-        else:
-            ranked = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
-            shares = [f"{label} {share:.3f}" for label, share in ranked[:MOST_PROBABILITIES]]
-            table.add_row(shown, Text(answer["label"]), Text(", ".join(shares)))
+        table.add_row(_shown(given), *(Text(cell) for cell in _cells(answer).values()))
     return table
+
+
+def _cells(answer: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a table shows of an answer, by its headers."""
+    if "spans" in answer:
+        found = [f"{span['text']} = {span['type']}" for span in answer["spans"]]
+        return {"spans": "\n".join(found) or "none"}
+    if "value" in answer:
+        return {"value": f"{answer['value']:.4f}"}
+    if "n_best" in answer:
+        is_found = answer["start"] is not None
+        return {
+            "answer": answer["text"] or "none",
+            "characters": f"{answer['start']} to {answer['end']}" if is_found else "",
+            "score": f"{answer['score']:.3f}",
+        }
+    if "choice" in answer:
+        pairs = list(zip(answer["options"], answer["probabilities"], strict=True))
+        return {"choice": answer["text"], "probabilities": _ranked(pairs)}
+    shares = list(answer["probabilities"].items())
+    return {"label": answer["label"], "probabilities": _ranked(shares)}
+
+
+def _ranked(pairs: Sequence[tuple[str, float]]) -> str:
+    ranked = sorted(pairs, key=lambda pair: -pair[1])[:MOST_PROBABILITIES]
+    return ", ".join(f"{name} {share:.3f}" for name, share in ranked)
+
+
+def _shown(given: Mapping[str, Any]) -> Text:
+    """Return an input: texts and tokens as they are, other fields with their names."""
+    lines = []
+    for key, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            value = (" " if key == "tokens" else " | ").join(map(str, value))
+        name = "" if key in UNNAMED else f"{key}: "
+        shown = shorten(str(value), MOST_CHARACTERS, placeholder=" ...") if name else str(value)
+        lines.append(f"{name}{shown}")
+    return Text("\n".join(lines))

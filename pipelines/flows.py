@@ -5,37 +5,29 @@ stage that fails takes down only those that need it. Retries are for held locks 
 cannot be reached, never for a stage that is wrong.
 """
 
-import logging
 import queue
-import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import prefect
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed
 
-from pipelines import dag
+from pipelines import dag, prefect_session
 from pipelines.dvc_output import Stream
-from pipelines.errors import PipelineError, StageFailedError, TemporaryError
-from pipelines.prefect_server import temporary_server
+from pipelines.errors import StageFailedError, TemporaryError
 from pipelines.report import markdown_table
 from pipelines.settings import child_environment
 from pipelines.threads import thread_environment, threads_by_user
@@ -43,9 +35,7 @@ from pipelines.threads import thread_environment, threads_by_user
 StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 
 RETRY_DELAYS_S = (2.0, 5.0, 15.0, 30.0)
-DRAIN_TIMEOUT_S = 30.0
 ARTIFACT_KEY = "ptv2-results"
-TAG = "ptv2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +150,7 @@ def run(
         return RunSummary(flow_run_id=None, name=None, stages=session.ordered())
     token = _session.set(session)
     try:
-        with _quiet_console(), _terminate_as_interrupt(), _server(session.root), prefect.tags(TAG):
+        with prefect_session.session(session.root):
             ptv2_run(str(root), list(tasks), concurrency, retries, return_state=True)
     finally:
         _session.reset(token)
@@ -366,62 +356,3 @@ def _markdown(session: _Session) -> str:
     rows = [f"| {o.address} | {o.state} | {o.seconds:.1f} |" for o in session.ordered()]
     head = ["| stage | state | seconds |", "|---|---|---|"]
     return "\n".join([markdown_table(session.root, tasks), "", *head, *rows, ""])
-
-
-@contextmanager
-def _server(root: Path) -> Iterator[None]:
-    """Use the configured Prefect server, or one for this run."""
-    configured = PREFECT_API_URL.value()
-    if configured is not None:
-        with get_client(sync_client=True) as client:
-            problem = client.api_healthcheck()
-        if problem is not None:
-            advice = "start it, or unset PREFECT_API_URL for a server of this run's own"
-            raise PipelineError(f"cannot reach Prefect at {configured}: {problem}; {advice}")
-        yield
-        _drain()
-        return
-    with temporary_server(root) as url, temporary_settings({PREFECT_API_URL: url}):
-        yield
-        _drain()
-
-
-def _drain() -> None:
-    """Hand over what Prefect still holds back; the states of task runs are among it, as events."""
-    APILogWorker.drain_all(timeout=DRAIN_TIMEOUT_S)
-    EventsWorker.drain_all(timeout=DRAIN_TIMEOUT_S)
-
-
-@contextmanager
-def _quiet_console() -> Iterator[None]:
-    """Keep Prefect's log off the console, where the caller draws; its server still gets it."""
-    handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, PrefectConsoleHandler)
-    ]
-    levels = [handler.level for handler in handlers]
-    for handler in handlers:
-        handler.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for handler, level in zip(handlers, levels, strict=True):
-            handler.setLevel(level)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, so that stages are ended and their outs put back."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -33,24 +34,42 @@ class PromptModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Answer each row: label and score, or tags and spans as JSON."""
+        """Answer each row.
+
+        Returns:
+            For classes `label` and `score`, for a number `value`, for options `choice`, `text` and
+            `score`, for words `tags` and `spans` as JSON, for a question `text`, `score`, `start`
+            and `end`, the last two empty without an answer.
+        """
         rows = [_as_input(row) for row in model_input.to_dict(orient="records")]
-        return pd.DataFrame([_as_row(answer) for answer in self.predictor.predict(rows)])
+        answers = pd.DataFrame([_as_row(answer) for answer in self.predictor.predict(rows)])
+        # a column with an empty cell would turn whole numbers into floats
+        return answers.astype(object) if "start" in answers else answers
 
 
 def _as_input(row: dict[str, Any]) -> dict[str, Any]:
-    """Take tokens as a list or as text that is split on white space."""
-    tokens = row.get("tokens")
-    if tokens is None:
-        return row
-    return {
-        "tokens": tokens.split() if isinstance(tokens, str) else [str(token) for token in tokens]
-    }
+    """Leave empty cells out; take tokens as a list or as text that is split on white space."""
+    kept: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            kept[key] = [str(item) for item in value]
+        elif not pd.isna(value):
+            kept[key] = value
+    if isinstance(kept.get("tokens"), str):
+        kept["tokens"] = kept["tokens"].split()
+    return kept
 
 
 def _as_row(answer: dict[str, Any]) -> dict[str, Any]:
     if "tags" in answer:
         return {key: json.dumps(answer[key], ensure_ascii=False) for key in ("tags", "spans")}
+    if "value" in answer:
+        return {"value": float(answer["value"])}
+    if "choice" in answer:
+        score = float(answer["probabilities"][answer["choice"]])
+        return {"choice": answer["choice"], "text": answer["text"], "score": score}
+    if "n_best" in answer:
+        return {key: answer[key] for key in ("text", "score", "start", "end")}
     label = answer["label"]
     return {"label": label, "score": float(answer["probabilities"][label])}
 

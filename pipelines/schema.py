@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from ptv2_core.config import Device, Precision, Reparameterization
-from ptv2_core.data.tasks import TaskKind
+from ptv2_core.data.examples import Split
+from ptv2_core.data.fields import KIND_FIELDS, TEMPLATES, Fields, fields_of
+from ptv2_core.data.tasks import FORMS, NUM_OUTPUTS, TaskKind
 
 COMMIT_PATTERN = r"^[0-9a-f]{40}$"
 
 Conflicts = list[tuple[str, str]]
 SourceKind = Literal["demo", "local", "hub"]
-FileFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll"]
+FileFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "squad", "conllu", "srl"]
 
 
 def _tuple(value: Any) -> Any:
@@ -32,12 +34,18 @@ def _label_texts(value: Any) -> Any:
     return tuple(str(label).lower() if isinstance(label, bool | int) else label for label in value)
 
 
+def _names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Whole = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SEED_WORDS = "a whole number from 0 to 4294967295"
 FIELD_WORDS = "the name of a field of the records, dots for nested ones"
+ROWS_WORDS = "null or a whole number of rows >= 1"
+FieldName = Annotated[Text | None, Field(description=FIELD_WORDS)]
 
 
 class Section(BaseModel):
@@ -64,12 +72,31 @@ class BackboneSettings(Section):
     device: Device = Field(default="auto", description="auto, cpu, cuda or mps")
 
 
+class SplitRows(Section):
+    """A number of rows for each split."""
+
+    train: Whole | None = Field(default=None, description=ROWS_WORDS)
+    dev: Whole | None = Field(default=None, description=ROWS_WORDS)
+    test: Whole | None = Field(default=None, description=ROWS_WORDS)
+
+
+def _rows_form(value: Any) -> str:
+    return "splits" if isinstance(value, dict | SplitRows) else "number"
+
+
+RowLimits = Annotated[
+    Annotated[Whole, Tag("number")] | Annotated[SplitRows, Tag("splits")],
+    Discriminator(_rows_form),
+]
+
+
 class PrepareSettings(Section):
     """How records become encoded splits; shared by all tasks."""
 
     max_length: int = Field(
         default=128, ge=4, le=65536, description="a whole number of tokens, 4 to 65536"
     )
+    stride: int = Field(default=64, ge=0, le=65536, description="a whole number of tokens >= 0")
     dev_fraction: Fraction = Field(
         default=0.1, description="a share of the rows, from 0 to below 1"
     )
@@ -77,7 +104,10 @@ class PrepareSettings(Section):
         default=0.1, description="a share of the rows, from 0 to below 1"
     )
     seed: Seed = Field(default=42, description=SEED_WORDS)
-    max_rows: Whole | None = Field(default=None, description="null or a whole number of rows >= 1")
+    max_rows: RowLimits | None = Field(
+        default=None,
+        description="null, a whole number of rows >= 1, or one for each split, as {train: 1000}",
+    )
 
     def conflicts(self) -> Conflicts:
         """Refuse fractions that leave nothing to train on."""
@@ -88,37 +118,96 @@ class PrepareSettings(Section):
             ("dev_fraction", f"expected dev_fraction + test_fraction below 1, got {total}"),
         ]
 
+    def rows_of(self, split: Split) -> int | None:
+        """Return how many rows a split keeps at most; None keeps all."""
+        if isinstance(self.max_rows, SplitRows):
+            found: int | None = getattr(self.max_rows, split)
+            return found
+        return self.max_rows
+
 
 class TaskPrepareSettings(PrepareSettings):
     """The prepare section of one task: the shared keys, and what its records mean."""
 
-    kind: TaskKind = Field(description="classification or tagging")
-    text: Text | None = Field(default=None, description=FIELD_WORDS)
-    text_pair: Text | None = Field(default=None, description=FIELD_WORDS)
-    label: Text | None = Field(default=None, description=FIELD_WORDS)
-    tokens: Text | None = Field(default=None, description=FIELD_WORDS)
-    tags: Text | None = Field(default=None, description=FIELD_WORDS)
+    kind: TaskKind = Field(description=" | ".join(KIND_FIELDS))
+    text: FieldName = None
+    text_pair: FieldName = None
+    label: FieldName = None
+    tokens: FieldName = None
+    tags: FieldName = None
+    predicate: FieldName = None
+    question: FieldName = None
+    choices: Annotated[tuple[Text, ...], BeforeValidator(_names), Field(min_length=1)] | None = (
+        Field(default=None, description="a list of fields, or one field that holds a list")
+    )
+    answer: FieldName = None
+    group: FieldName = None
+    word: FieldName = None
+    start: FieldName = None
+    end: FieldName = None
+    start_pair: FieldName = None
+    end_pair: FieldName = None
+    span1_text: FieldName = None
+    span1_index: FieldName = None
+    span2_text: FieldName = None
+    span2_index: FieldName = None
+    query: FieldName = None
+    entities: FieldName = None
+    answers: FieldName = None
+    context: FieldName = None
+    id: FieldName = None
+    is_impossible: FieldName = None
+    template: Text | None = Field(default=None, description="null or a template of the kind")
     labels: Annotated[tuple[Text, ...], BeforeValidator(_label_texts)] | None = Field(
         default=None, description="null or a list of the labels, at least two, in their order"
     )
 
+    def record_fields(self) -> Fields:
+        """Return which field of a record is what, the customary names where none is given."""
+        return fields_of(self.kind, {name: getattr(self, name) for name in vars(Fields())})
+
+    def chosen_template(self) -> str | None:
+        """Return the template, the kind's first where none is given; None: it has none."""
+        return self.template or next(iter(TEMPLATES.get(self.kind, ())), None)
+
     def conflicts(self) -> Conflicts:
-        """Check that the fields named are those of the kind of task."""
-        needed = {"classification": ("text", "label"), "tagging": ("tokens", "tags")}
-        foreign = {"classification": ("tokens", "tags"), "tagging": ("text", "text_pair", "label")}
+        """Check that the keys are those of the kind of task."""
+        known = KIND_FIELDS[self.kind]
         found = super().conflicts()
-        for key in needed[self.kind]:
-            if getattr(self, key) is None:
+        for key, custom in known.needed.items():
+            if custom is None and getattr(self, key) is None:
                 found.append((key, f"is required for kind: {self.kind}; expected {FIELD_WORDS}"))
-        for key in foreign[self.kind]:
-            if getattr(self, key) is not None:
-                uses = " and ".join(needed[self.kind])
+        names = [*known.needed, *known.optional]
+        for key in vars(Fields()):
+            if key not in names and getattr(self, key) is not None:
+                uses = f"{', '.join(names[:-1])} and {names[-1]}"
                 found.append((key, f"does not go with kind: {self.kind}, which reads {uses}"))
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            found.append(
-                ("labels", f"expected two labels or more, all different, got {list(self.labels)}")
-            )
-        return found
+        if self.kind == "qa" and self.stride >= self.max_length:
+            words = f"expected fewer tokens than max_length ({self.max_length})"
+            found.append(("stride", f"{words}, got {self.stride}; windows must overlap by less"))
+        return found + self._template_conflicts() + self._label_conflicts()
+
+    def _template_conflicts(self) -> Conflicts:
+        known = TEMPLATES.get(self.kind, ())
+        if self.template is None or self.template in known:
+            return []
+        if known:
+            return [("template", f"expected {' | '.join(known)}, got {self.template!r}")]
+        if self.kind != "classification":
+            return [("template", f"does not go with kind: {self.kind}, which has no choice of it")]
+        if "{text}" in self.template and "{mask}" in self.template:
+            return []
+        return [("template", f"expected a text with {{text}} and {{mask}}, got {self.template!r}")]
+
+    def _label_conflicts(self) -> Conflicts:
+        if self.labels is None:
+            return []
+        if FORMS[self.kind] in NUM_OUTPUTS or self.kind == "multirc":
+            return [("labels", f"does not go with kind: {self.kind}, whose answers are not chosen")]
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            got = list(self.labels)
+            return [("labels", f"expected two labels or more, all different, got {got}")]
+        return []
 
 
 class SplitFiles(Section):
@@ -135,7 +224,8 @@ class FetchSettings(Section):
     source: SourceKind = Field(description="demo, local or hub")
     path: Text = Field(description="a file or folder, relative to the folder of params.yaml")
     format: FileFormat = Field(
-        default="auto", description="auto, jsonl, csv, tsv, parquet or conll"
+        default="auto",
+        description="auto, jsonl, csv, tsv, parquet, conll, squad, conllu or srl",
     )
     files: SplitFiles | None = Field(
         default=None, description="null or a mapping of splits to file names"

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipelines.checking import Found, Where, check_section, did_you_mean
+from pipelines.extra_settings import CompareSettings, MultitaskSettings
 from pipelines.schema import (
     BackboneSettings,
     EvaluateSettings,
@@ -44,8 +45,12 @@ SHARED_MODELS: dict[str, type[Section] | type[TrainConfig]] = {
     "train": TrainConfig,
     "evaluate": EvaluateSettings,
     "register": RegisterSettings,
+    "compare": CompareSettings,
+    "multitask": MultitaskSettings,
     "run": RunSettings,
 }
+# what no stage reads may be left out
+OPTIONAL = ("compare", "multitask", "run")
 SECTIONS = (*SHARED_MODELS, "tasks")
 MAX_DEPTH = 16
 
@@ -87,6 +92,8 @@ class Settings:
     train: TrainConfig
     evaluate: EvaluateSettings
     register: RegisterSettings
+    compare: CompareSettings
+    multitask: MultitaskSettings
     run: RunSettings
     tasks: Mapping[str, TaskSettings]
 
@@ -178,16 +185,23 @@ def load_settings(path: Path = Path("params.yaml")) -> Settings:
     Raises:
         ConfigError: Naming every problem, each with its dotted path and line.
     """
-    values, lines = _read_yaml(path)
+    values, lines = read_yaml(path)
     found: Found = []
     settings = _build(path, values, found)
     if settings is None:
-        raise ConfigError([_placed(path, where, message, lines) for where, message in found])
+        raise ConfigError([placed(path, where, message, lines) for where, message in found])
     return settings
 
 
-def _placed(path: Path, where: Where, message: str, lines: dict[Where, int]) -> tuple[str, str]:
-    """Give a problem its dotted path and the line of the nearest key that exists."""
+def placed(path: Path, where: Where, message: str, lines: dict[Where, int]) -> tuple[str, str]:
+    """Give a problem its dotted path and the line of the nearest key that exists.
+
+    Args:
+        path: The file.
+        where: The steps to the value.
+        message: What is wrong with it.
+        lines: The line of each path, as `read_yaml` gives them.
+    """
     known = next(where[:end] for end in range(len(where), -1, -1) if where[:end] in lines)
     return _dotted(where), f"{message} ({path.name}, line {lines[known]})"
 
@@ -223,8 +237,15 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
-    """Return the mapping in the file and the line of each path in it."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
+    """Return the mapping in a file and the line of each path in it.
+
+    Args:
+        path: The file, in YAML 1.2.
+
+    Raises:
+        ConfigError: It is not there, holds no mapping, or says a key twice.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -317,7 +338,7 @@ def _build(path: Path, values: dict[str, Any], found: Found) -> Settings | None:
             found.append(((key,), f"unknown section{did_you_mean(key, SECTIONS)}"))
     shared: dict[str, Any] = {}
     for name, model in SHARED_MODELS.items():
-        if name not in values and name != "run":
+        if name not in values and name not in OPTIONAL:
             found.append(((name,), "this section is required; DVC tracks it"))
             continue
         problems: Found = []
@@ -377,7 +398,7 @@ def _build_task(
             continue
         base = values.get(key) if isinstance(values.get(key), dict) else {}
         problems: Found = []
-        merged = _merge(base, own[key]) if isinstance(own[key], dict) else own[key]
+        merged = merge(base, own[key]) if isinstance(own[key], dict) else own[key]
         sections[key] = check_section(model, merged, problems)
         for where, message in problems:
             if _reaches(own[key], where) or ((key, *where) not in dict(shared_found)):
@@ -388,11 +409,11 @@ def _build_task(
     return TaskSettings(name=name, **common, **sections)
 
 
-def _merge(base: Any, own: Any) -> Any:
+def merge(base: Any, own: Any) -> Any:
     """Lay `own` over `base`, key by key; nested mappings are merged, all else is replaced."""
     if not (isinstance(base, dict) and isinstance(own, dict)):
         return own
-    return {**base, **{key: _merge(base.get(key), value) for key, value in own.items()}}
+    return {**base, **{key: merge(base.get(key), value) for key, value in own.items()}}
 
 
 def _reaches(values: Any, where: Where) -> bool:

@@ -14,7 +14,8 @@ from pipelines.errors import PipelineError
 from pipelines.paths import alone
 from pipelines.schema import SearchSettings
 from pipelines.tables import csv_text
-from ptv2_core.errors import TrainingError
+from ptv2_core.config import TrainConfig
+from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.files import write_text_atomic
 
 # setting of the search space -> its place in the train section
@@ -345,6 +346,32 @@ class Study:
             f'<body style="font-family: sans-serif; margin: 2rem">\n<h1>{title}</h1>\n{body}\n'
             "</body></html>\n",
         )
+
+
+def reachable(search: SearchSettings, train: TrainConfig) -> SearchSettings:
+    """Return the search without what has no effect on the method, or on a prompt that is given.
+
+    Raises:
+        ConfigError: Nothing is left to search.
+    """
+    without: set[str] = set()
+    if train.method in ("finetune", "probe"):
+        without = {"prompt_length", "reparameterization", "prompt_dropout", "prompt_layers"}
+    elif train.method == "prompt_tuning":
+        without = {"reparameterization", "prompt_layers"}
+    elif train.init_from is not None:
+        without = {"prompt_length", "reparameterization", "prompt_layers"}
+    if not without:
+        return search
+    space = search.space.model_copy(update=dict.fromkeys(without))
+    if not space.model_dump(exclude_none=True):
+        why = f"train.method: {train.method}" + (" with init_from" if train.init_from else "")
+        raise ConfigError(
+            f"search.space: none of its settings has an effect with {why}; expected a range for "
+            "learning_rate, or search.n_trials: 0"
+        )
+    first = tuple(trial.model_copy(update=dict.fromkeys(without)) for trial in search.first)
+    return search.model_copy(update={"space": space, "first": first, "screen": None})
 
 
 def _pruner(search: SearchSettings) -> optuna.pruners.BasePruner:

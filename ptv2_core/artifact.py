@@ -7,22 +7,22 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptv2_core.config import HeadConfig, PromptConfig
+from ptv2_core.config import HeadConfig, Method, PromptConfig
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError, ConfigError
 from ptv2_core.files import replace_directory, sha256_file, write_bytes_atomic, write_json_atomic
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.heads import LinearHead, reading_for
-from ptv2_core.model.prompted import PromptedModel
-from ptv2_core.model.prompts import EmbeddingPrompt, PromptBank
+from ptv2_core.model.prompted import BACKBONE, PromptedModel
+from ptv2_core.model.prompts import EmbeddingPrompt, InputPrompt, NoPrompt, PromptBank
 
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "prompt.safetensors"
@@ -30,12 +30,14 @@ MANIFEST_FILE = "prompt.json"
 FILES = (WEIGHTS_FILE, MANIFEST_FILE)
 
 _SECTIONS: dict[str, type] = {
+    "method": str,
     "task": dict,
     "prompt": dict,
     "head": dict,
     "backbone": dict,
     "tokenizer_digest": str,
     "encoding": dict,
+    "decoding": dict,
     "training": dict,
     "provenance": dict,
     "metrics": dict,
@@ -43,38 +45,55 @@ _SECTIONS: dict[str, type] = {
     "golden": list,
 }
 
+# what an older artifact does not say, since it could only be this
+_DEFAULTS: dict[str, Any] = {"method": "ptv2", "decoding": {}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """What is trained.
 
     Attributes:
-        prompt: `[layers with a prompt, 2, N, P, D]`, lowest first.
+        prompt: `[layers with a prompt, 2, N, P, D]`, lowest first; `[P, H]` of input prompt
+            tuning; None without a prompt.
         head_weight: `[C, H]`.
         head_bias: `[C]`.
+        backbone: The weights of a backbone that was fine-tuned, by their names in it; else none.
     """
 
-    prompt: Tensor
+    prompt: Tensor | None
     head_weight: Tensor
     head_bias: Tensor
+    backbone: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PromptedModel, slot: int = 0) -> "Weights":
-        """Take a slot's weights, the prompt flattened."""
+        """Take a slot's weights, the prompt flattened, and the backbone's where it was tuned."""
         linear = model.heads[slot].linear
+        prompt = model.bank.flatten(slot)
+        tuned = model.backbone.model.state_dict() if model.backbone.is_tuned else {}
         return cls(
-            prompt=model.bank.flatten(slot),
-            head_weight=linear.weight.detach().float().cpu().contiguous(),  # type: ignore[union-attr,operator]
-            head_bias=linear.bias.detach().float().cpu().contiguous(),  # type: ignore[union-attr,operator]
+            prompt=prompt if prompt.numel() else None,
+            head_weight=_plain(linear.weight),  # type: ignore[union-attr,arg-type]
+            head_bias=_plain(linear.bias),  # type: ignore[union-attr,arg-type]
+            backbone={name: _plain(tensor) for name, tensor in tuned.items()},
         )
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by their names in the file."""
-        return {
-            "prompt": self.prompt,
-            "head.weight": self.head_weight,
-            "head.bias": self.head_bias,
-        }
+        prompt = {} if self.prompt is None else {"prompt": self.prompt}
+        tuned = {f"{BACKBONE}{name}": tensor for name, tensor in self.backbone.items()}
+        return {**prompt, "head.weight": self.head_weight, "head.bias": self.head_bias, **tuned}
+
+    @property
+    def num_tuned(self) -> int:
+        """Numbers that were trained beside the head."""
+        prompt = 0 if self.prompt is None else self.prompt.numel()
+        return prompt + sum(tensor.numel() for tensor in self.backbone.values())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +102,14 @@ class Manifest:
 
     Attributes:
         schema_version: Of the file.
+        method: What was trained beside the head.
         task: The task with its labels.
         prompt: The prompt's settings.
         head: The head's settings; `reads` is resolved.
         backbone: Identity and measures of the backbone it was trained on.
         tokenizer_digest: Of the tokenizer it was trained with.
-        encoding: `max_length`.
+        encoding: `max_length`, and for windows their `stride`.
+        decoding: Settings of an answer that dev chose, such as `null_threshold`.
         training: The settings used, and study and trial where a search chose them.
         provenance: Code, data and versions it came from.
         metrics: Scores on dev.
@@ -99,12 +120,14 @@ class Manifest:
     """
 
     schema_version: int
+    method: Method
     task: TaskSpec
     prompt: PromptConfig
     head: HeadConfig
     backbone: dict[str, Any]
     tokenizer_digest: str
     encoding: dict[str, Any]
+    decoding: dict[str, float]
     training: dict[str, Any]
     provenance: dict[str, Any]
     metrics: dict[str, Any]
@@ -114,18 +137,18 @@ class Manifest:
     raw: dict[str, Any]
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the shapes that the weights must have."""
-        backbone, classes = self.backbone, len(self.task.labels)
+        """Return the shapes that the weights must have, those of a tuned backbone left out."""
+        backbone, outputs = self.backbone, self.task.num_outputs
         layers = self.prompt.layer_indices(backbone["num_layers"])
-        prompt = [
-            len(layers), 2, backbone["num_heads"], self.prompt.length,
-            backbone["head_size"],
-        ]  # fmt: skip
-        return {
-            "prompt": prompt,
-            "head.weight": [classes, backbone["hidden_size"]],
-            "head.bias": [classes],
-        }
+        prompts: dict[Method, list[int]] = {
+            "ptv2": [
+                len(layers), 2, backbone["num_heads"], self.prompt.length, backbone["head_size"],
+            ],
+            "prompt_tuning": [self.prompt.length, backbone["hidden_size"]],
+        }  # fmt: skip
+        prompt = {"prompt": prompts[self.method]} if self.method in prompts else {}
+        head = {"head.weight": [outputs, backbone["hidden_size"]], "head.bias": [outputs]}
+        return {**prompt, **head}
 
 
 def save_artifact(
@@ -133,11 +156,13 @@ def save_artifact(
     weights: Weights,
     *,
     task: TaskSpec,
+    method: Method,
     prompt: PromptConfig,
     head: HeadConfig,
     backbone: Mapping[str, Any],
     tokenizer_digest: str,
     encoding: Mapping[str, Any],
+    decoding: Mapping[str, float],
     training: Mapping[str, Any],
     provenance: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -149,11 +174,13 @@ def save_artifact(
         directory: Where; replaced if it is there.
         weights: What was trained.
         task: As in the manifest, like all that follows.
+        method: Likewise.
         prompt: Likewise.
         head: Likewise, with `reads` resolved.
         backbone: Likewise.
         tokenizer_digest: Likewise.
         encoding: Likewise.
+        decoding: Likewise.
         training: Likewise.
         provenance: Likewise.
         metrics: Likewise.
@@ -165,12 +192,14 @@ def save_artifact(
     data = safetensors.torch.save(weights.named())
     manifest = {
         "schema_version": SCHEMA_VERSION,
+        "method": method,
         "task": task.to_mapping(),
         "prompt": dict(vars(prompt)),
         "head": dict(vars(head)),
         "backbone": dict(backbone),
         "tokenizer_digest": tokenizer_digest,
         "encoding": dict(encoding),
+        "decoding": dict(decoding),
         "training": dict(training),
         "provenance": dict(provenance),
         "metrics": dict(metrics),
@@ -204,6 +233,8 @@ def load_manifest(directory: Path) -> Manifest:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{file}: not valid JSON ({error}); get the prompt again") from error
+    if isinstance(raw, dict):
+        raw = {**_DEFAULTS, **raw}
     _check_sections(raw, file)
     found = sha256_file(weights)
     if found != raw["sha256"]:
@@ -243,6 +274,9 @@ def _check_sections(raw: Any, file: Path) -> None:
             raise ArtifactError(
                 f"{file}: {name} must be a {kind.__name__}, got {type(raw.get(name)).__name__}"
             )
+    if raw["method"] not in get_args(Method):
+        expected = " | ".join(get_args(Method))
+        raise ArtifactError(f"{file}: method: expected {expected}, got {raw['method']!r}")
     wanted = ("name", "digest", "num_layers", "num_heads", "head_size", "hidden_size")
     absent = [key for key in wanted if key not in raw["backbone"]]
     if absent:
@@ -262,14 +296,23 @@ def _check_shapes(manifest: Manifest, weights: Path) -> None:
     with weights.open("rb") as stream:
         try:
             (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(size, 1 << 20)))
+            header = json.loads(stream.read(min(size, 1 << 24)))
         except (struct.error, ValueError) as error:
             raise ArtifactError(f"{weights}: not a safetensors file ({error})") from error
     entries = header if isinstance(header, dict) else {}
-    found = {n: _entry(e, "shape", weights) for n, e in entries.items() if n != "__metadata__"}
+    is_tuned = manifest.method == "finetune"
+    found = {
+        n: _entry(e, "shape", weights)
+        for n, e in entries.items()
+        if n != "__metadata__" and not (is_tuned and n.startswith(BACKBONE))
+    }
     expected = manifest.shapes()
     if found != expected:
         raise ArtifactError(f"{weights}: expected tensors {expected}, got {found}")
+    if is_tuned and not any(name.startswith(BACKBONE) for name in entries):
+        raise ArtifactError(
+            f"{weights}: expected the weights of a fine-tuned backbone, got {', '.join(found)}"
+        )
     kinds = {_entry(e, "dtype", weights) for n, e in entries.items() if n != "__metadata__"}
     if kinds != {"F32"}:
         raise ArtifactError(f"{weights}: expected F32 tensors, got {', '.join(sorted(kinds))}")
@@ -290,12 +333,14 @@ def load_weights(directory: Path, manifest: Manifest) -> Weights:
         raise ArtifactError(
             f"{directory / WEIGHTS_FILE}: not a safetensors file ({error})"
         ) from error
-    if set(tensors) != set(manifest.shapes()):
+    tuned = {n.removeprefix(BACKBONE): t for n, t in tensors.items() if n.startswith(BACKBONE)}
+    if {n for n in tensors if not n.startswith(BACKBONE)} != set(manifest.shapes()):
         raise ArtifactError(f"{directory / WEIGHTS_FILE}: changed while it was read; try again")
     return Weights(
-        prompt=tensors["prompt"],
+        prompt=tensors.get("prompt"),
         head_weight=tensors["head.weight"],
         head_bias=tensors["head.bias"],
+        backbone=tuned,
     )
 
 
@@ -306,21 +351,52 @@ def restore_model(
     """Put trained prompts and heads on a backbone, slot k for part k.
 
     Args:
-        backbone: The frozen backbone that all of them were trained on.
+        backbone: The frozen backbone that all of them were trained on. A fine-tuned model, which
+            stands alone, gets a copy of it with its own weights.
         parts: Task, prompt and head settings, and weights, of each prompt.
+
+    Raises:
+        ArtifactError: Fine-tuned weights are not those of this backbone.
     """
-    slots = [(EmbeddingPrompt(weights.prompt), prompt) for _, prompt, _, weights in parts]
+    if any(weights.backbone for *_, weights in parts):
+        assert len(parts) == 1, "a fine-tuned model shares its backbone with nobody"
+        backbone = _tuned(backbone, parts[0][3].backbone)
+    slots = [(_prompt(weights.prompt), prompt) for _, prompt, _, weights in parts]
     heads = []
     for task, _, head_config, weights in parts:
         reads = "cls" if head_config.reads == "auto" else head_config.reads
         head = LinearHead(
             backbone.spec.hidden_size,
-            len(task.labels),
-            reads=reading_for(task.kind, reads),
+            task.num_outputs,
+            reads=reading_for(task.form, reads),
             seed=0,
+            hides_padding=task.form == "spans",
         )
-        head.linear.load_state_dict({"weight": weights.head_weight, "bias": weights.head_bias})
+        head.start_at(weights.head_weight, weights.head_bias)
         heads.append(head)
     model = PromptedModel(backbone, PromptBank(backbone.spec.shape, slots), heads)
     model.eval()
     return model
+
+
+def _prompt(weight: Tensor | None) -> nn.Module:
+    if weight is None:
+        return NoPrompt()
+    return InputPrompt(weight) if weight.dim() == 2 else EmbeddingPrompt(weight)
+
+
+def _tuned(backbone: Backbone, weights: Mapping[str, Tensor]) -> Backbone:
+    """Return a copy of a backbone with other weights."""
+    own = backbone.tunable_copy()
+    expected = {name: list(tensor.shape) for name, tensor in own.model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        wrong = sorted(
+            name for name in {*expected, *found} if expected.get(name) != found.get(name)
+        )
+        raise ArtifactError(
+            f"fine-tuned weights: expected those of {backbone.spec.name}; {len(wrong)} differ, "
+            f"such as {wrong[0]} (expected {expected.get(wrong[0])}, got {found.get(wrong[0])})"
+        )
+    own.model.load_state_dict(dict(weights))
+    return own

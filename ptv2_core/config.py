@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 Reparameterization = Literal["embedding", "mlp"]
 PromptStart = Literal["normal", "backbone"]
-Reads = Literal["auto", "cls", "pooler", "mean"]
+Reads = Literal["auto", "cls", "pooler", "mean", "mask"]
+HeadType = Literal["linear", "verbalizer"]
+LabelWords = Mapping[str, str]
+Method = Literal["ptv2", "prompt_tuning", "finetune", "probe"]
 Precision = Literal["auto", "fp32", "bf16"]
 PromptLayers = Literal["all"] | int | tuple[int, ...]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -110,12 +113,19 @@ class HeadConfig:
     """The head on top of the backbone.
 
     Attributes:
-        reads: What a classification head reads. `auto` takes what the backbone's files say.
+        reads: What a head for whole texts reads. `auto` takes what the backbone's files say, or
+            the mask token for a verbalizer.
         dropout: Dropout before the linear layer.
+        type: `linear` starts at random; `verbalizer` starts from the rows that the backbone's
+            language model has for one word a label, and reads the mask token of the template
+            through that model's own transform (paper, section 4.3).
+        label_words: Of a verbalizer: a word for each label, a single piece of the tokenizer.
     """
 
     reads: Reads = "auto"
     dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
+    type: HeadType = "linear"
+    label_words: LabelWords | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, path: str = "head") -> "HeadConfig":
@@ -128,9 +138,14 @@ class TrainConfig:
     """One training run.
 
     Attributes:
+        method: What is trained beside the head: `ptv2` a prompt in each layer, `prompt_tuning` one
+            before the lowest layer alone (Lester et al. 2021), `finetune` the whole backbone,
+            `probe` nothing.
         prompt: The prompt.
         head: The head.
-        learning_rate: Peak learning rate of the prompt.
+        init_from: A folder with a prompt, or `models:/NAME@ALIAS`, to begin from; none begins as
+            `prompt.start` says.
+        learning_rate: Peak learning rate of what `method` trains.
         head_learning_rate: Peak learning rate of the head; none takes `learning_rate`.
         epochs: Passes over the training data at most.
         batch_size: Rows in one step at most.
@@ -146,8 +161,10 @@ class TrainConfig:
             pass instead of kept: less memory, about half more time.
     """
 
+    method: Method = "ptv2"
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    init_from: str | None = None
     learning_rate: float = number(1e-2, low=0.0, low_open=True, high=1.0)
     head_learning_rate: float | None = field(
         default=None, metadata={"range": Range(low=0.0, low_open=True, high=1.0)}
@@ -208,6 +225,8 @@ def _value(value: Any, hint: Any, limits: Range | None, path: str, problems: Pro
     """Check one scalar against its type and range; integers pass as floats."""
     if hint == PromptLayers:
         return _layers(value, path, problems)
+    if hint == LabelWords | None:
+        return _label_words(value, path, problems)
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if value is None and NoneType in options:
         return None
@@ -218,6 +237,7 @@ def _value(value: Any, hint: Any, limits: Range | None, path: str, problems: Pro
             problems.append((path, f"expected {expected}, got {value!r}"))
         return value
     checks: dict[type, tuple[str, Callable[[Any], bool]]] = {
+        str: ("a text", lambda v: isinstance(v, str) and bool(v.strip())),
         bool: ("true or false", lambda v: isinstance(v, bool)),
         int: ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
         float: ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
@@ -245,3 +265,13 @@ def _layers(value: Any, path: str, problems: Problems) -> PromptLayers:
         (path, f"expected all, a number of top layers >= 1, or a list of layers, got {value!r}")
     )
     return "all"
+
+
+def _label_words(value: Any, path: str, problems: Problems) -> dict[str, str] | None:
+    """Check a mapping of labels to words."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and all(isinstance(w, str) and w for w in value.values()):
+        return {str(label): word for label, word in value.items()}
+    problems.append((path, f"expected null or a mapping of labels to words, got {value!r}"))
+    return None

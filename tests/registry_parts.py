@@ -27,7 +27,7 @@ class Workspace:
         self.root = root
         self.uri = URI
         self.backbone = tiny_backbone(root / "backbone")
-        (root / "mlflow.db").write_bytes(_empty_registry())
+        (root / "mlflow.db").write_bytes(empty_registry())
 
     def make(
         self,
@@ -111,7 +111,7 @@ class Workspace:
 
 
 @functools.cache
-def _empty_registry() -> bytes:
+def empty_registry() -> bytes:
     """Return MLflow's empty database; its migrations take seconds, so they run once."""
     from mlflow import MlflowClient
 

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     CamembertConfig,
     CamembertModel,
     ElectraConfig,
     ElectraModel,
     RobertaConfig,
+    RobertaForMaskedLM,
     RobertaModel,
     RobertaTokenizerFast,
     XLMRobertaConfig,
@@ -107,6 +109,11 @@ MODELS = {
     "electra": (ElectraConfig, ElectraModel),
 }
 
+LANGUAGE_MODELS = {
+    "bert": (BertConfig, BertForMaskedLM),
+    "roberta": (RobertaConfig, RobertaForMaskedLM),
+}
+
 
 def tiny_backbone(folder: Path, model_type: str = "bert", *, seed: int = 0) -> Path:
     """Save a random backbone of 3 layers with a WordPiece tokenizer; returns its folder."""
@@ -115,6 +122,21 @@ def tiny_backbone(folder: Path, model_type: str = "bert", *, seed: int = 0) -> P
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config_class(**SIZES, **extra, pad_token_id=0))
+    model.save_pretrained(folder)
+    _save_tokenizer(folder)
+    return folder
+
+
+def tiny_language_model(folder: Path, model_type: str = "bert") -> Path:
+    """Save a random masked language model of 3 layers, no bias zero; returns its folder."""
+    config_class, model_class = LANGUAGE_MODELS[model_type]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config_class(**SIZES, pad_token_id=0))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     _save_tokenizer(folder)
     return folder
@@ -229,7 +251,7 @@ def examples_of(kind: str, count: int, *, seed: int = 0) -> list[Example]:
 def encode_for(folder: Path, examples: list[Example], task: TaskSpec) -> EncodedSplit:
     """Encode examples with a tiny backbone's tokenizer."""
     tokenizer = load_tokenizer(locate(str(folder)))
-    return encode_examples(examples, tokenizer, labels=task.labels, max_length=32)[0]
+    return encode_examples(examples, tokenizer, task=task, max_length=32)[0]
 
 
 def open_backbone(folder: Path) -> Backbone:
@@ -246,14 +268,15 @@ def tiny_model(
     """Return a model with a slot per prompt; heads of the task, or of the given classes."""
     shape = backbone.spec.shape
     slots = [(make_prompt(shape, p, seed=place), p) for place, p in enumerate(prompts)]
-    kind = task.kind if task else "classification"
-    sizes = classes or (len(task.labels) if task else 3,) * len(prompts)
+    form = task.form if task else "rows"
+    sizes = classes or (task.num_outputs if task else 3,) * len(prompts)
     heads = [
         LinearHead(
             backbone.spec.hidden_size,
             size,
-            reads=reading_for(kind, backbone.spec.reads),
+            reads=reading_for(form, backbone.spec.reads),
             seed=place,
+            hides_padding=form == "spans",
         )
         for place, size in enumerate(sizes)
     ]
@@ -278,8 +301,8 @@ def tiny_artifact(
     prompt = make_prompt(backbone.spec.shape, config.prompt, seed=seed)
     head = LinearHead(
         backbone.spec.hidden_size,
-        len(task.labels),
-        reads=reading_for(task.kind, backbone.spec.reads),
+        task.num_outputs,
+        reads=reading_for(task.form, backbone.spec.reads),
         seed=seed,
     )
     model = PromptedModel(
@@ -297,11 +320,13 @@ def tiny_artifact(
         folder,
         Weights.of(model),
         task=task,
+        method="ptv2",
         prompt=config.prompt,
         head=HeadConfig(reads=backbone.spec.reads),
         backbone=backbone.spec.to_mapping(),
         tokenizer_digest=location.tokenizer_digest(),
         encoding={"max_length": 32},
+        decoding={},
         training={**config.to_mapping(), "study": None, "trial": None},
         provenance={
             "git_commit": None,

@@ -19,7 +19,7 @@ class FetchedData:
     Attributes:
         splits: Records by split: `train` always, `dev` and `test` where the source has them.
         provenance: What identifies the source: kind, path, and for each split its file, the file's
-            SHA-256 and the number of rows.
+            SHA-256, the number of rows, and what gave none (`skipped`).
     """
 
     splits: dict[str, list[Record]]

@@ -134,7 +134,8 @@ def _revision_problems(revision: Any, is_local: bool) -> list[str]:
     if isinstance(revision, str) and re.fullmatch(COMMIT_PATTERN, revision):
         return []
     words = "expected the 40 hexadecimal digits of a commit, so that the data cannot change"
-    return [f"{words}, got {revision!r}"]
+    advice = "; `ptv2 pin FILE` writes the newest" if revision is None else ""
+    return [f"{words}, got {revision!r}{advice}"]
 
 
 def _split_problems(splits: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Local files: JSONL, CSV, TSV, Parquet and CoNLL columns, a file a split."""
+"""Local files: JSONL, CSV, TSV, Parquet, SQuAD's JSON and columns of words, a file a split."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.schema import FetchSettings
 from pipelines.sources import FetchedData, Record
+from pipelines.sources.propositions import read_conllu
 from pipelines.sources.readers import (
     ColumnChoice,
     Outcome,
@@ -15,6 +16,8 @@ from pipelines.sources.readers import (
     read_parquet,
     read_tsv,
 )
+from pipelines.sources.role_columns import read_role_columns
+from pipelines.sources.squad import read_squad
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import DataError
 from ptv2_core.files import sha256_file
@@ -31,12 +34,17 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "tsv": (".tsv",),
     "parquet": (".parquet",),
     "conll": (".conll", ".bio", ".iob", ".iob2"),
+    "squad": (".json",),
+    "conllu": (".conllu", ".conllup"),
+    "srl": (".srl",),
 }
 READERS: Mapping[str, Callable[[Path, str], Outcome]] = {
     "jsonl": read_jsonl,
     "csv": read_csv,
     "tsv": read_tsv,
     "parquet": read_parquet,
+    "squad": read_squad,
+    "conllu": read_conllu,
 }
 MISSING = "expected {what} at {path}, found nothing there; mend fetch.path or fetch.files"
 
@@ -64,6 +72,8 @@ def read(settings: FetchSettings, root: Path) -> FetchedData:
         problems += _shortened(outcome.problems, shown)
         splits[split] = outcome.records
         described[split] = {"file": shown, "sha256": digest, "rows": len(outcome.records)}
+        if outcome.skipped:
+            described[split]["skipped"] = dict(outcome.skipped)
     if problems:
         raise DataError.collected(problems, shown=len(problems))
     provenance = {"source": "local", "path": settings.path, "files": described}
@@ -78,10 +88,13 @@ def _read_file(path: Path, shown: str, settings: FetchSettings) -> Outcome:
     if kind == "conll":
         columns = ColumnChoice(settings.token_column, settings.tag_column)
         outcome = read_conll(path, shown, columns)
+    elif kind == "srl":
+        outcome = read_role_columns(path, shown, settings.token_column)
     else:
         outcome = READERS[kind](path, shown)
     if not outcome.records and not outcome.problems:
-        return Outcome([], [f"{shown}: the file holds no records"])
+        left_out = "".join(f"; {count} {what}" for what, count in outcome.skipped.items())
+        return Outcome([], [f"{shown}: the file holds no records{left_out}"])
     return outcome
 
 

@@ -7,8 +7,9 @@ a record came from is written as the file and the line it starts at (for Parquet
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipelines.sources import Record
@@ -25,10 +26,14 @@ class ColumnChoice(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a file holds: its good records and, one line each, its problems."""
+    """What a file holds: its good records and, one line each, its problems.
+
+    What gives no record though nothing is wrong with it is counted under `skipped`, in words.
+    """
 
     records: list[Record]
     problems: list[str]
+    skipped: Mapping[str, int] = MappingProxyType({})
 
 
 def read_jsonl(path: Path, shown: str) -> Outcome:
@@ -40,12 +45,12 @@ def read_jsonl(path: Path, shown: str) -> Outcome:
     """
     records: list[Record] = []
     problems: list[str] = []
-    for number, line in _lines(path, shown, problems):
+    for number, line in text_lines(path, shown, problems):
         if not line.strip():
             continue
         where = f"{shown}:{number}"
         try:
-            value = json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+            value = json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
         except json.JSONDecodeError as error:
             problems.append(f"{where}, column {error.colno}: not valid JSON: {error.msg}")
         except (ValueError, RecursionError) as error:
@@ -54,14 +59,15 @@ def read_jsonl(path: Path, shown: str) -> Outcome:
             if not isinstance(value, dict):
                 got = f"got {_json_kind(value)}"
                 problems.append(f"{where}: expected a JSON object on each line, {got}")
-            elif "\\u" in line and not _encodable(value):
+            elif "\\u" in line and not is_encodable(value):
                 problems.append(f"{where}: holds half of a surrogate pair, which is no character")
             else:
                 records.append((where, value))
     return Outcome(records, problems)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping for `json.loads`; a key that is there twice is a ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -70,11 +76,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and the infinities for `json.loads`."""
     raise ValueError(f"{name} is not JSON; write null")
 
 
-def _encodable(value: Any) -> bool:
+def is_encodable(value: Any) -> bool:
+    """Tell whether all texts in a value can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -100,7 +108,7 @@ def read_tsv(path: Path, shown: str) -> Outcome:
 def _read_table(path: Path, shown: str, reader: Callable[..., Any], **dialect: Any) -> Outcome:
     problems: list[str] = []
     records: list[Record] = []
-    lines = [line for _, line in _lines(path, shown, problems)]
+    lines = [line for _, line in text_lines(path, shown, problems)]
     if problems:
         return Outcome([], problems)
     rows = reader((f"{line}\n" for line in lines), **dialect)
@@ -167,7 +175,7 @@ def read_conll(path: Path, shown: str, columns: ColumnChoice) -> Outcome:
     tags: list[str] = []
     width = 0
     start = 0
-    for number, line in [*_lines(path, shown, problems), (0, "")]:
+    for number, line in [*text_lines(path, shown, problems), (0, "")]:
         cells = [cell for cell in re.split(r"[ \t]+", line.rstrip("\r")) if cell]
         if not cells or cells[0] == "-DOCSTART-":
             if tokens:
@@ -196,7 +204,7 @@ def _column_problem(got: int, width: int, columns: ColumnChoice) -> str | None:
     return None
 
 
-def _lines(path: Path, shown: str, problems: list[str]) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, shown: str, problems: list[str]) -> Iterator[tuple[int, str]]:
     """Yield the lines of a UTF-8 file, numbered from 1; lines that are not UTF-8 are problems."""
     raw = path.read_bytes().removeprefix(BOM)
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -13,14 +13,23 @@ from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.training import backbone_for
 from pipelines.tables import csv_text
 from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weights, restore_model
-from ptv2_core.data.tasks import TaskKind
+from ptv2_core.config import HeadConfig
+from ptv2_core.data.examples import SPLITS
+from ptv2_core.data.tasks import Form
 from ptv2_core.errors import ArtifactError
+from ptv2_core.evaluation.answers import answer_em
+from ptv2_core.evaluation.forms.base import Predictions
 from ptv2_core.evaluation.metrics import Counts, label_counts, span_counts, total_counts
 from ptv2_core.evaluation.predict import TOKEN_BUDGET
 from ptv2_core.evaluation.scoring import Evaluation, evaluate_model, gold_labels
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.training.probe import probe
+from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.prompted import PromptedModel
+from ptv2_core.model.prompts import PromptBank
+from ptv2_core.training.probe import ProbeResult, probe
 from ptv2_core.training.start import reading_of
+
+RIGHT, WRONG, NO_ANSWER = "right", "wrong", "no answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,7 @@ class EvaluateResult:
         metric: The task's metric.
         dev: On dev, which chose settings and epoch.
         test: On the held-out rows.
-        test_rows: How many.
+        test_rows: How many: texts, choices, questions or sentences, not their windows or options.
         test_digest: Of their content; scores compare only where it is equal.
         prompt_sha256: Of the prompt that was scored, so that no other is registered with this.
         probe: A linear probe on the bare backbone, on test; none where not wanted.
@@ -63,7 +72,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
     paths.require(paths.prompt / MANIFEST_FILE, "train")
     manifest = load_manifest(paths.prompt)
     _check_match(manifest, prepared, paths.prompt)
-    backbone = backbone_for(settings, prepared)
+    backbone = backbone_for(settings, prepared, method=manifest.method, head=manifest.head)
     if backbone.spec.digest != manifest.backbone["digest"]:
         raise ArtifactError(
             f"{paths.prompt}: expected backbone {manifest.backbone['digest']}, got "
@@ -71,37 +80,56 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         )
     weights = load_weights(paths.prompt, manifest)
     model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
-    scored = {}
-    for place, split in enumerate(("dev", "test")):
-        progress(f"scoring {split}", place, 3)
-        scored[split] = evaluate_model(
-            model, prepared.splits[split], prepared.task, token_budget=TOKEN_BUDGET
-        )
+    progress("scoring dev", 0, 3)
+    dev = evaluate_model(
+        model,
+        prepared.splits["dev"],
+        prepared.task,
+        token_budget=TOKEN_BUDGET,
+        decoding=manifest.decoding,
+    )
+    progress("scoring test", 1, 3)
+    test = evaluate_model(
+        model,
+        prepared.splits["test"],
+        prepared.task,
+        token_budget=TOKEN_BUDGET,
+        decoding=manifest.decoding,
+    )
     progress("probing the bare backbone", 2, 3)
-    probed = None
-    if settings.evaluate.probe:
-        probed = probe(
-            model,
-            task=prepared.task,
-            splits=[prepared.splits[split] for split in ("train", "dev", "test")],
-            reads=reading_of(prepared.task, manifest.head, backbone),
-            token_budget=TOKEN_BUDGET,
-        )
+    probed = _probe(settings, prepared, backbone, manifest) if settings.evaluate.probe else None
     result = EvaluateResult(
         task=settings.name,
         metric=prepared.task.metric,
-        dev=scored["dev"].score,
-        test=scored["test"].score,
-        test_rows=len(prepared.splits["test"]),
+        dev=dev.score,
+        test=test.score,
+        test_rows=len(test.predictions),
         test_digest=prepared.digests["test"],
         prompt_sha256=manifest.sha256,
         probe=None if probed is None else probed.test.score,
         probe_dev=None if probed is None else probed.dev.score,
-        test_metrics=scored["test"].metrics,
+        test_metrics=test.metrics,
     )
-    _write(paths, prepared, scored["test"], result)
+    _write(paths, prepared, test, result)
     progress("done", 3, 3)
     return result
+
+
+def _probe(
+    settings: TaskSettings, prepared: Prepared, backbone: Backbone, manifest: Manifest
+) -> ProbeResult | None:
+    """Fit a linear layer on the bare backbone, where the task's form lets one be fitted."""
+    if prepared.task.form == "spans":
+        return None
+    # the mask token says nothing to a backbone without its language model
+    reads = HeadConfig() if manifest.head.type == "verbalizer" else manifest.head
+    return probe(
+        PromptedModel(backbone, PromptBank(backbone.spec.shape), []),
+        task=prepared.task,
+        splits=[prepared.splits[split] for split in SPLITS],
+        reads=reading_of(prepared.task, reads, backbone),
+        token_budget=TOKEN_BUDGET,
+    )
 
 
 def _check_match(manifest: Manifest, prepared: Prepared, prompt: Path) -> None:
@@ -121,13 +149,12 @@ def _check_match(manifest: Manifest, prepared: Prepared, prompt: Path) -> None:
 
 
 def _write(paths: TaskPaths, prepared: Prepared, test: Evaluation, result: EvaluateResult) -> None:
-    gold = gold_labels(prepared.splits["test"], prepared.task)
     examples = read_examples(paths.prepared, "test")
     lines = [
         json.dumps({**example, "predicted": predicted}, ensure_ascii=False)
         for example, predicted in zip(examples, test.predictions, strict=True)
     ]
-    actual, predicted, counts = _compare(gold, test.predictions, prepared.task.kind)
+    actual, predicted, counts = _compare(examples, test.predictions, prepared)
     with replace_directory(paths.evaluate) as folder:
         write_json_atomic(folder / "metrics.json", asdict(result))
         write_text_atomic(folder / "predictions.jsonl", "\n".join(lines) + "\n")
@@ -137,15 +164,36 @@ def _write(paths: TaskPaths, prepared: Prepared, test: Evaluation, result: Evalu
 
 
 def _compare(
-    gold: Any, predicted: Any, kind: TaskKind
+    examples: Sequence[Mapping[str, Any]], predicted: Predictions, prepared: Prepared
 ) -> tuple[Sequence[str], Sequence[str], dict[str, Counts]]:
     """Return actual and predicted names for a confusion matrix, and counts by name.
 
-    Of a tagged row these are the span types of its tokens; the counts are of whole spans.
+    Of a tagged row these are the span types of its tokens; the counts are of whole spans. Options
+    and stretches of a context have no names in common: an answer is right or wrong, or says that
+    there is none. Of numbers there are no names.
     """
-    if kind == "tagging":
+    form = prepared.task.form
+    if form == "values":
+        return [], [], {}
+    gold = gold_labels(prepared.splits["test"], prepared.task)
+    if form == "tokens":
         return _types(gold), _types(predicted), span_counts(gold, predicted)
+    if form in ("options", "spans"):
+        verdicts = [_verdict(*pair, form) for pair in zip(examples, predicted, strict=True)]
+        gold, predicted = zip(*verdicts, strict=True)
     return gold, predicted, label_counts(gold, predicted)
+
+
+def _verdict(example: Mapping[str, Any], predicted: str, form: Form) -> tuple[str, str]:
+    """Return whether there is a right answer, and what the predicted one is."""
+    if form == "options":
+        right = [example["names"][place] for place in example["correct"]]
+        return (RIGHT if right else NO_ANSWER), (RIGHT if predicted in right else WRONG)
+    right = [answer["text"] for answer in example["answers"]]
+    actual = RIGHT if right else NO_ANSWER
+    if not predicted:
+        return actual, NO_ANSWER
+    return actual, (RIGHT if right and answer_em(predicted, right) else WRONG)
 
 
 def _types(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -153,8 +201,9 @@ def _types(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _per_label(counts: Mapping[str, Counts]) -> str:
+    total = [("all", total_counts(counts))] if counts else []
     rows = [
         [name, f"{c.f1:.4f}", f"{c.precision:.4f}", f"{c.recall:.4f}", c.gold, c.predicted]
-        for name, c in [*counts.items(), ("all", total_counts(counts))]
+        for name, c in [*counts.items(), *total]
     ]
     return csv_text(["label", "f1", "precision", "recall", "gold", "predicted"], rows)

@@ -15,9 +15,11 @@ class Fetched:
 
     Attributes:
         rows: Records by split.
+        skipped: What gave no record though nothing is wrong with it, counted by split.
     """
 
     rows: dict[str, int]
+    skipped: dict[str, dict[str, int]]
 
 
 def run(settings: TaskSettings, paths: TaskPaths) -> Fetched:
@@ -35,4 +37,8 @@ def run(settings: TaskSettings, paths: TaskPaths) -> Fetched:
             ]
             write_text_atomic(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
         write_json_atomic(folder / "source.json", fetched.provenance)
-    return Fetched(rows={split: len(records) for split, records in fetched.splits.items()})
+    files = fetched.provenance["files"]
+    return Fetched(
+        rows={split: len(records) for split, records in fetched.splits.items()},
+        skipped={split: file["skipped"] for split, file in files.items() if "skipped" in file},
+    )

@@ -18,14 +18,20 @@ from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.training import backbone_for, overlay, start_training, trunk_cache
+from pipelines.stages.training import (
+    backbone_for,
+    load_start,
+    overlay,
+    start_training,
+    trunk_cache,
+)
 from pipelines.study import Lanes, OneByOne
 from pipelines.threads import chosen_threads
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error, TrainingError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.training.stack import Stack
-from ptv2_core.training.start import check_positions
+from ptv2_core.training.start import Start, check_positions
 from ptv2_core.training.trunk import TrunkCache
 
 
@@ -47,7 +53,8 @@ def open_lanes(
     """
     cache = trunk_cache(settings, paths)
     side_by_side = min(settings.search.parallel, settings.search.n_trials)
-    if backbone.device.type == "cuda" and not settings.train.backbone_dropout:
+    is_alike = settings.train.method in ("ptv2", "probe") and settings.train.init_from is None
+    if backbone.device.type == "cuda" and is_alike and not settings.train.backbone_dropout:
         yield Stacked(settings, prepared, backbone, cache)
         return
     threads = chosen_threads()
@@ -60,10 +67,20 @@ def open_lanes(
             workers.close()
         return
 
-    def scores(changes: Mapping[str, Any]) -> Iterator[float]:
-        return _scores(settings, prepared, backbone, cache, changes)
+    yield one_by_one(settings, paths, prepared, backbone)
 
-    yield OneByOne(scores)
+
+def one_by_one(
+    settings: TaskSettings, paths: TaskPaths, prepared: Prepared, backbone: Backbone
+) -> OneByOne:
+    """Return lanes in this process; arguments as for `open_lanes`."""
+    start = load_start(settings, prepared, paths, backbone, pulls=False)
+    cache = trunk_cache(settings, paths)
+
+    def scores(changes: Mapping[str, Any]) -> Iterator[float]:
+        return _scores(settings, prepared, backbone, start, cache, changes)
+
+    return OneByOne(scores)
 
 
 def trial_config(settings: TaskSettings, changes: Mapping[str, Any]) -> TrainConfig:
@@ -75,12 +92,13 @@ def _scores(
     settings: TaskSettings,
     prepared: Prepared,
     backbone: Backbone,
+    start: Start | None,
     cache: TrunkCache | None,
     changes: Mapping[str, Any],
 ) -> Iterator[float]:
     """Train one trial, and yield its score on dev after each epoch."""
     config = trial_config(settings, changes)
-    _, reports = start_training(backbone, prepared, config, trunk=cache)
+    _, reports = start_training(backbone, prepared, config, start=start, trunk=cache)
     for report in reports:
         if report.evaluation is not None:
             yield report.evaluation.score
@@ -111,9 +129,7 @@ class Stacked:
     def start(self, lane: int, changes: Mapping[str, Any]) -> None:
         """Begin a trial."""
         config = trial_config(self._settings, changes)
-        check_positions(
-            self._stack.model.backbone, config.prompt, list(self._prepared.splits.values())
-        )
+        check_positions(self._stack.model.backbone, config, list(self._prepared.splits.values()))
         self._stack.start(lane, config)
         self._waiting[lane] = deque()
 
@@ -168,7 +184,7 @@ class Workers:
             process = context.Process(
                 target=_work, args=(theirs, settings, paths, threads), daemon=True
             )
-            with _deaf_to_interrupts():
+            with deaf_to_interrupts():
                 process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -245,7 +261,7 @@ class Workers:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def deaf_to_interrupts() -> Iterator[None]:
     """Start processes that Ctrl-C does not reach: the search itself ends its processes.
 
     They take over which signals are blocked, and so are deaf while they import, too.
@@ -260,7 +276,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 def _work(pipe: Connection, settings: TaskSettings, paths: TaskPaths, threads: int) -> None:
     """Train the trials that come through the pipe, epoch by epoch in turn, until it is closed."""
-    threading.Thread(target=_end_with_search, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
         _serve(pipe, settings, paths)
@@ -268,18 +284,23 @@ def _work(pipe: Connection, settings: TaskSettings, paths: TaskPaths, threads: i
         return  # the search is over
 
 
-def _end_with_search() -> None:
-    """End this process as soon as the search is gone, killed or not, and not an epoch later."""
-    search = multiprocessing.parent_process()
-    assert search is not None, "a search started this process"
-    search.join()
-    os._exit(1)
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, killed or not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "another process started this one"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _serve(pipe: Connection, settings: TaskSettings, paths: TaskPaths) -> None:
     try:
         prepared = Prepared.load(paths.prepared)
         backbone = backbone_for(settings, prepared)
+        start = load_start(settings, prepared, paths, backbone, pulls=False)
     except PTv2Error as error:
         while True:  # until the search, which was told why, closes the pipe
             ticket, _ = pipe.recv()
@@ -292,7 +313,7 @@ def _serve(pipe: Connection, settings: TaskSettings, paths: TaskPaths) -> None:
             if changes is None:
                 running.pop(ticket, None)
             else:
-                running[ticket] = _scores(settings, prepared, backbone, cache, changes)
+                running[ticket] = _scores(settings, prepared, backbone, start, cache, changes)
         for ticket in list(running):
             found = _next(running[ticket])
             if not isinstance(found, float):

@@ -11,15 +11,14 @@ from ptv2_core.data.encoding import EncodedSplit, EncodingReport, encode_example
 from ptv2_core.data.examples import (
     SPLITS,
     Example,
-    Fields,
     Record,
     carve_splits,
     collect_labels,
     cut_rows,
     digest_examples,
     example_to_mapping,
-    parse_records,
 )
+from ptv2_core.data.parsing import parse_records, require_right_options
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.errors import DataError
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
@@ -36,6 +35,7 @@ class Prepared:
         task: Its labels and metric.
         splits: Encoded rows of train, dev and test, mapped into memory.
         max_length: Tokens of a row at most.
+        stride: Tokens that two windows of one context share.
         tokenizer_digest: Of the tokenizer that encoded it.
         digests: `sha256:...` of each split's content.
     """
@@ -43,6 +43,7 @@ class Prepared:
     task: TaskSpec
     splits: dict[str, EncodedSplit]
     max_length: int
+    stride: int
     tokenizer_digest: str
     digests: dict[str, str]
 
@@ -61,6 +62,7 @@ class Prepared:
             task=TaskSpec.from_mapping(stored["task"]),
             splits={split: EncodedSplit.load(folder / split) for split in SPLITS},
             max_length=stored["encoding"]["max_length"],
+            stride=stored["encoding"]["stride"],
             tokenizer_digest=stored["encoding"]["tokenizer_digest"],
             digests=stored["digests"],
         )
@@ -71,9 +73,9 @@ class PrepareReport:
     """What prepare did, as `report.json` holds it.
 
     Attributes:
-        labels: Number of classes or tags.
+        labels: Number of classes or tags; 0 for kinds without a closed set of them.
         repaired_tags: `I-` tags that began a span and were taken as `B-`.
-        splits: Rows, tokens, longest row and cut rows by split.
+        splits: Rows, tokens, longest row, cut rows, answers wanted and further windows by split.
     """
 
     labels: int
@@ -90,57 +92,36 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
     """
     prepare = settings.prepare
     location = locate(settings.backbone.name, settings.backbone.revision)
-    tokenizer = load_tokenizer(location, words=prepare.kind == "tagging")
-    fields = Fields(
-        text=prepare.text,
-        text_pair=prepare.text_pair,
-        label=prepare.label,
-        tokens=prepare.tokens,
-        tags=prepare.tags,
-    )
-    parsed = {
-        split: parse_records(records, kind=prepare.kind, fields=fields)
-        for split, records in _read_raw(paths.raw).items()
-    }
-    labels = collect_labels(
-        {split: examples for split, (examples, _) in parsed.items()},
-        kind=prepare.kind,
-        labels=prepare.labels,
-    )
-    carved = carve_splits(
-        {split: examples for split, (examples, _) in parsed.items()},
-        dev_fraction=prepare.dev_fraction,
-        test_fraction=prepare.test_fraction,
-        seed=prepare.seed,
-    )
-    splits = {
-        split: cut_rows(examples, prepare.max_rows, seed=prepare.seed)
-        for split, examples in carved.items()
-    }
+    parsed, repaired = _parsed(settings, paths)
+    labels = collect_labels(parsed, kind=prepare.kind, labels=prepare.labels)
+    splits = _chosen(parsed, settings)
     task = TaskSpec(
         name=settings.name,
         kind=prepare.kind,
         labels=labels,
-        fields=fields.named(),
+        fields=prepare.record_fields().named(),
         metric=METRICS[prepare.kind],
+        template=prepare.chosen_template(),
     )
+    tokenizer = load_tokenizer(location, words=task.form == "tokens")
     reports: dict[str, EncodingReport] = {}
     with replace_directory(paths.prepared) as folder:
         for split, examples in splits.items():
             encoded, reports[split] = encode_examples(
-                examples, tokenizer, labels=labels, max_length=prepare.max_length
+                examples,
+                tokenizer,
+                task=task,
+                max_length=prepare.max_length,
+                stride=prepare.stride,
             )
             encoded.save(folder / split)
             write_text_atomic(folder / f"{split}.jsonl", _json_lines(examples))
-        report = PrepareReport(
-            labels=len(labels),
-            repaired_tags=sum(repaired for _, repaired in parsed.values()),
-            splits=reports,
-        )
+        report = PrepareReport(labels=len(labels), repaired_tags=repaired, splits=reports)
         stored = {
             "task": task.to_mapping(),
             "encoding": {
                 "max_length": prepare.max_length,
+                "stride": prepare.stride,
                 "tokenizer_digest": location.tokenizer_digest(),
             },
             "digests": {split: digest_examples(examples) for split, examples in splits.items()},
@@ -148,6 +129,40 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
         write_json_atomic(folder / TASK_FILE, stored)
         write_json_atomic(folder / "report.json", asdict(report))
     return report
+
+
+def _parsed(settings: TaskSettings, paths: TaskPaths) -> tuple[dict[str, list[Example]], int]:
+    """Return the examples of each split that fetch wrote, and the number of mended tags."""
+    prepare = settings.prepare
+    splits: dict[str, list[Example]] = {}
+    repaired = 0
+    for split, records in _read_raw(paths.raw).items():
+        splits[split], count = parse_records(
+            records,
+            kind=prepare.kind,
+            fields=prepare.record_fields(),
+            template=prepare.chosen_template(),
+        )
+        repaired += count
+    return splits, repaired
+
+
+def _chosen(parsed: dict[str, list[Example]], settings: TaskSettings) -> dict[str, list[Example]]:
+    """Return train, dev and test, carved where one is missing, cut to the rows wanted."""
+    prepare = settings.prepare
+    carved = carve_splits(
+        parsed,
+        dev_fraction=prepare.dev_fraction,
+        test_fraction=prepare.test_fraction,
+        seed=prepare.seed,
+    )
+    splits: dict[str, list[Example]] = {
+        split: cut_rows(carved[split], prepare.rows_of(split), seed=prepare.seed)
+        for split in SPLITS
+    }
+    # on test an answer that is no option counts as wrong; a loss has no meaning there
+    require_right_options([*splits["train"], *splits["dev"]])
+    return splits
 
 
 def read_examples(folder: Path, split: str) -> list[dict[str, Any]]:

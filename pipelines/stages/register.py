@@ -9,6 +9,9 @@ from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings, read_environment
 from pipelines.stages.prepare import TASK_FILE, read_examples
 from ptv2_core.artifact import MANIFEST_FILE, load_manifest
+from ptv2_core.config import Method
+from ptv2_core.errors import ConfigError
+from ptv2_core.evaluation.inputs import INPUT_KEYS
 from ptv2_core.files import write_json_atomic
 
 EXAMPLES = 3
@@ -21,6 +24,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
         RegistryError: The registry does not answer or refuses.
         PipelineError: A result of an earlier stage is absent.
         ArtifactError: The prompt is damaged.
+        ConfigError: It is of a method that is not registered.
     """
     for file, stage in (
         (paths.prepared / TASK_FILE, "prepare"),
@@ -29,6 +33,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
         (paths.evaluate / "metrics.json", "evaluate"),
     ):
         paths.require(file, stage)
+    _check_method(load_manifest(paths.prompt).method)
     environment = read_environment()
     commit = dag.git_commit(paths.root)
     registered = registry.register(
@@ -55,6 +60,16 @@ def run(settings: TaskSettings, paths: TaskPaths) -> registry.Registered:
     return registered
 
 
+def _check_method(method: Method) -> None:
+    """Refuse a prompt that no batch of mixed tasks can hold."""
+    if method == "prompt_tuning":
+        raise ConfigError(
+            "train.method: prompt_tuning is there to compare with and is not registered: its "
+            "prompt takes part in every layer as tokens do, so rows of other tasks cannot share "
+            "its batch; expected ptv2, probe or finetune"
+        )
+
+
 def params_hash(settings: TaskSettings) -> str:
     """Return `sha256:...` of every setting that the task's stages read."""
     text = json.dumps(settings.to_mapping(), sort_keys=True)
@@ -71,7 +86,5 @@ def _data_md5(paths: TaskPaths) -> dict[str, str]:
 
 def _examples(paths: TaskPaths) -> list[dict[str, Any]]:
     """Return a few dev inputs as the predictor takes them."""
-    fields = load_manifest(paths.prompt).task.fields
-    kept = [field for field in ("text", "text_pair", "tokens") if field in fields]
     rows = read_examples(paths.prepared, "dev")[:EXAMPLES]
-    return [{field: row[field] for field in kept} for row in rows]
+    return [{key: value for key, value in row.items() if key in INPUT_KEYS} for row in rows]

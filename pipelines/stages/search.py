@@ -15,13 +15,13 @@ from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
 from pipelines.stages.lanes import open_lanes
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.training import backbone_for, overlay
-from pipelines.study import Outcome, Study, Trial
+from pipelines.stages.training import backbone_for, load_start, overlay
+from pipelines.study import Outcome, Study, Trial, reachable
 from pipelines.tables import csv_text
 from ptv2_core.errors import ConfigError
 from ptv2_core.files import replace_directory, source_digest, write_json_atomic, write_text_atomic
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.training.start import check_positions
+from ptv2_core.training.start import Start, check_positions
 
 BEST_FILE = "best.json"
 NOTHING_SEARCHED = (
@@ -80,15 +80,17 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             write_text_atomic(folder / "trials.csv", csv_text(["trial", "state", "value"], []))
             write_text_atomic(folder / "search.html", NOTHING_SEARCHED)
         return result
+    settings = replace(settings, search=reachable(settings.search, settings.train))
     backbone = backbone_for(settings, prepared)
-    _check_space(settings, backbone, prepared)
-    name = study_name(settings, prepared, backbone)
+    check_space(settings, backbone, prepared)
+    start = load_start(settings, prepared, paths, backbone)
+    name = study_name(settings, prepared, backbone, start)
     screen = _screen(settings, paths, prepared, backbone, name, progress)
     study = Study(
         database=paths.study,
         name=name,
         search=settings.search,
-        baseline=_baseline(settings),
+        baseline=baseline(settings),
         first=[trial.params for trial in screen.kept] if screen else (),
     )
     outcome = _run(study, settings, paths, prepared, backbone, progress, "trial")
@@ -188,7 +190,7 @@ def _screen(
         database=paths.study,
         name=f"{name}-screen",
         search=cheap.search,
-        baseline=_baseline(settings),
+        baseline=baseline(settings),
     )
     what = f"screen of the top {chosen.layers} layers, trial"
     outcome = _run(study, cheap, paths, prepared, backbone, progress, what)
@@ -217,7 +219,9 @@ def _run(
         return study.run(lanes, on_trial)
 
 
-def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -> str:
+def study_name(
+    settings: TaskSettings, prepared: Prepared, backbone: Backbone, start: Start | None = None
+) -> str:
     """Return a name that changes with everything a trial's score depends on.
 
     `n_trials` is left out, so that a search can be made longer.
@@ -228,7 +232,8 @@ def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -
         "data": prepared.digests,
         "labels": prepared.task.labels,
         "encoding": [prepared.max_length, prepared.tokenizer_digest],
-        "backbone": [backbone.spec.digest, str(backbone.dtype), backbone.device.type],
+        "backbone": [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
+        "start": None if start is None else start.digest,
         # a trial of older code says nothing about this one
         "core": source_digest(Path(ptv2_core.__file__).parent),
     }
@@ -236,7 +241,7 @@ def study_name(settings: TaskSettings, prepared: Prepared, backbone: Backbone) -
     return f"{settings.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _baseline(settings: TaskSettings) -> dict[str, Any]:
+def baseline(settings: TaskSettings) -> dict[str, Any]:
     """Return the settings of `train` that the space has a range for."""
     train = settings.train
     values = {
@@ -250,7 +255,7 @@ def _baseline(settings: TaskSettings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in searched}
 
 
-def _check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared) -> None:
+def check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared) -> None:
     """Refuse a space with a prompt that does not fit, before the first trial."""
     search, train = settings.search, settings.train
     num_layers = backbone.spec.shape.num_layers
@@ -269,4 +274,5 @@ def _check_space(settings: TaskSettings, backbone: Backbone, prepared: Prepared)
     setting = "search.space.prompt_length" if limits else "train.prompt.length"
     for layers in search.space.prompt_layers or (train.prompt.layers,):
         prompt = replace(train.prompt, length=longest, layers=layers)
-        check_positions(backbone, prompt, list(prepared.splits.values()), setting=setting)
+        config = replace(train, prompt=prompt)
+        check_positions(backbone, config, list(prepared.splits.values()), setting=setting)

@@ -19,7 +19,9 @@ from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.search import BEST_FILE
 from pipelines.stages.training import (
     backbone_for,
+    backbone_needs,
     joined_team,
+    load_start,
     overlay,
     start_training,
     trunk_cache,
@@ -27,8 +29,9 @@ from pipelines.stages.training import (
 from pipelines.tables import csv_text
 from ptv2_core.artifact import Weights, restore_model, save_artifact
 from ptv2_core.config import TrainConfig
-from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.evaluation.inputs import INPUT_KEYS
 from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
 from ptv2_core.machine import peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
@@ -56,7 +59,7 @@ class TrainResult:
         peak_memory_bytes: The process's largest resident size.
         peak_device_memory_bytes: The most that tensors took on a CUDA card; none without one.
         trainable_parameters: Of the saved prompt and head.
-        trainable_share: Of the prompt in the backbone's parameters.
+        trainable_share: Of what was tuned beside the head in the backbone's parameters.
         precision: Number format of the frozen weights.
     """
 
@@ -89,11 +92,13 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
     config = overlay(settings.train, best.get("train", {}))
     with joined_team(settings.backbone.device) as team, _alone(paths, team):
         backbone = backbone_for(settings, prepared)
+        start = load_start(settings, prepared, paths, backbone)
         checkpoint = Checkpoint(paths.checkpoint, every_s=settings.run.checkpoint_s)
         model, reports = start_training(
             backbone,
             prepared,
             config,
+            start=start,
             trunk=trunk_cache(settings, paths),
             checkpoint=checkpoint,
             team=team,
@@ -107,11 +112,29 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             progress(what, report.step, report.total_steps)
         weights = Weights.of(model)
         result = _result(prepared, backbone, weights, report.history)
+        chosen = evaluate_model(
+            model, prepared.splits["dev"], prepared.task, token_budget=config.token_budget
+        )
         if team is None or team.rank == 0:
             with replace_directory(paths.train) as folder:
                 write_json_atomic(folder / "metrics.json", asdict(result))
                 write_text_atomic(folder / "history.csv", _history_csv(report.history))
-            _save(settings, paths, prepared, backbone, config, best, weights, result)
+            save_prompt(
+                paths.prompt,
+                weights,
+                settings=settings,
+                paths=paths,
+                prepared=prepared,
+                backbone=backbone,
+                config=config,
+                best=best,
+                decoding=chosen.decoding,
+                metrics={
+                    f"dev_{result.metric}": result.dev,
+                    "best_epoch": result.best_epoch,
+                    "precision": result.precision,
+                },
+            )
             checkpoint.remove()
         return result
 
@@ -139,8 +162,8 @@ def _result(
         peak_memory_bytes=peak_memory_bytes(),
         peak_device_memory_bytes=peak_device_memory_bytes(backbone.device),
         trainable_parameters=sum(tensor.numel() for tensor in weights.named().values()),
-        trainable_share=weights.prompt.numel() / backbone.spec.num_parameters,
-        precision=str(backbone.dtype).removeprefix("torch."),
+        trainable_share=weights.num_tuned / backbone.spec.num_parameters,
+        precision=str(backbone.states_dtype).removeprefix("torch."),
     )
 
 
@@ -149,56 +172,76 @@ def _history_csv(history: Sequence[EpochRecord]) -> str:
     return csv_text(rows[0], [row.values() for row in rows])
 
 
-def _save(
+def save_prompt(
+    directory: Path,
+    weights: Weights,
+    *,
     settings: TaskSettings,
     paths: TaskPaths,
     prepared: Prepared,
     backbone: Backbone,
     config: TrainConfig,
     best: Mapping[str, Any],
-    weights: Weights,
-    result: TrainResult,
+    decoding: Mapping[str, float],
+    metrics: Mapping[str, Any],
 ) -> None:
+    """Save what was trained for a task as an artifact, with golden inputs.
+
+    Args:
+        directory: Where; replaced if it is there.
+        weights: What was trained.
+        settings: Of the task.
+        paths: Its files.
+        prepared: Its data.
+        backbone: That it was trained on.
+        config: With which settings.
+        best: What a search found, as `best.json` holds it; empty without one.
+        decoding: Settings of an answer that dev chose.
+        metrics: Scores on dev.
+    """
     head = resolve_head(config.head, backbone)
-    reference = load_backbone(settings.backbone.name, settings.backbone.revision, precision="fp32")
+    reference = load_backbone(
+        settings.backbone.name,
+        settings.backbone.revision,
+        precision="fp32",
+        **backbone_needs(config.method, config.head),
+    )
     location = locate(settings.backbone.name, settings.backbone.revision)
     predictor = Predictor(
         restore_model(reference, [(prepared.task, config.prompt, head, weights)]),
-        load_tokenizer(location, words=prepared.task.kind == "tagging"),
+        load_tokenizer(location, words=prepared.task.form == "tokens"),
         prepared.task,
         max_length=prepared.max_length,
+        stride=prepared.stride,
+        decoding=decoding,
     )
-    training = {**config.to_mapping(), "study": best.get("study"), "trial": best.get("trial")}
     save_artifact(
-        paths.prompt,
+        directory,
         weights,
         task=prepared.task,
+        method=config.method,
         prompt=config.prompt,
         head=head,
         backbone=backbone.spec.to_mapping(),
         tokenizer_digest=prepared.tokenizer_digest,
-        encoding={"max_length": prepared.max_length},
-        training=training,
+        encoding={"max_length": prepared.max_length, "stride": prepared.stride},
+        decoding=decoding,
+        training={**config.to_mapping(), "study": best.get("study"), "trial": best.get("trial")},
         provenance={
             "git_commit": git_commit(paths.root)["commit"],
             "data": prepared.digests,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in LIBRARIES},
         },
-        metrics={
-            f"dev_{result.metric}": result.dev,
-            "best_epoch": result.best_epoch,
-            "precision": result.precision,
-        },
-        golden=golden_inputs(predictor, paths.prepared, prepared.task),
+        metrics=metrics,
+        golden=golden_inputs(predictor, paths.prepared),
     )
 
 
-def golden_inputs(predictor: Predictor, prepared: Path, task: TaskSpec) -> list[dict[str, Any]]:
+def golden_inputs(predictor: Predictor, prepared: Path) -> list[dict[str, Any]]:
     """Return a few dev inputs with the logits that the prompt gives, to check loading against."""
-    kept = ("text", "text_pair", "tokens")
     inputs = [
-        {key: value for key, value in example.items() if key in kept}
+        {key: value for key, value in example.items() if key in INPUT_KEYS}
         for example in read_examples(prepared, "dev")[:GOLDEN_INPUTS]
     ]
     return [

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 
@@ -10,8 +11,9 @@ from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings, read_environment
 from pipelines.stages.prepare import Prepared
-from ptv2_core.config import Device, TrainConfig
-from ptv2_core.errors import DataError
+from ptv2_core.artifact import load_manifest, load_weights
+from ptv2_core.config import Device, HeadConfig, Method, TrainConfig
+from ptv2_core.errors import ConfigError, DataError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import choose_device, load_backbone
 from ptv2_core.model.backbones.locating import locate
@@ -20,12 +22,27 @@ from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
 from ptv2_core.training.records import TrainReport
-from ptv2_core.training.start import check_positions, new_model
+from ptv2_core.training.start import Start, check_positions, new_model
 from ptv2_core.training.trunk import TrunkCache
+from ptv2_serving.store import pull
+
+REGISTERED = "models:/"
 
 
-def backbone_for(settings: TaskSettings, prepared: Prepared) -> Backbone:
+def backbone_for(
+    settings: TaskSettings,
+    prepared: Prepared,
+    *,
+    method: Method | None = None,
+    head: HeadConfig | None = None,
+) -> Backbone:
     """Load the backbone of the settings, and check that the data was encoded with its tokenizer.
+
+    Args:
+        settings: Of a task.
+        prepared: Its data.
+        method: What will be trained on it, or was; none takes that of `train`.
+        head: What reads it; none takes that of `train`.
 
     Raises:
         BackboneError: It is not there, or is another one.
@@ -44,6 +61,94 @@ def backbone_for(settings: TaskSettings, prepared: Prepared) -> Backbone:
         digest=chosen.digest,
         precision=chosen.precision,
         device=chosen.device,
+        **backbone_needs(method or settings.train.method, head or settings.train.head),
+    )
+
+
+class BackboneNeeds(TypedDict):
+    """Arguments of `load_backbone`."""
+
+    packs: bool
+    tunable: bool
+    language_model: bool
+
+
+def backbone_needs(method: Method, head: HeadConfig) -> BackboneNeeds:
+    """Return the arguments of `load_backbone` that a method and a head ask for."""
+    tunable = method == "finetune"
+    return BackboneNeeds(
+        packs=not tunable, tunable=tunable, language_model=head.type == "verbalizer"
+    )
+
+
+def load_start(
+    settings: TaskSettings,
+    prepared: Prepared,
+    paths: TaskPaths,
+    backbone: Backbone,
+    *,
+    pulls: bool = True,
+) -> Start | None:
+    """Load the prompt that `train.init_from` names; None where the training starts anew.
+
+    The head is taken over too where the task has the same labels.
+
+    Args:
+        settings: Of a task.
+        prepared: Its data.
+        paths: Its files.
+        backbone: That the prompt must be of.
+        pulls: Whether to ask the registry; if not, a registered prompt was pulled before.
+
+    Raises:
+        ConfigError: It is no deep prompt, or of another backbone.
+        ArtifactError: It is not there, or damaged.
+        StoreError: The registry is away, or has no such prompt.
+    """
+    source = settings.train.init_from
+    if source is None:
+        return None
+    if settings.train.method != "ptv2":
+        raise ConfigError(
+            f"train.init_from: only ptv2 begins from a prompt; expected train.method: ptv2, got "
+            f"{settings.train.method}"
+        )
+    folder = paths.root / source
+    if source.startswith(REGISTERED):
+        folder = paths.init
+        if pulls:
+            _pull(source, folder, settings, paths)
+    manifest = load_manifest(folder)
+    if manifest.method != "ptv2":
+        raise ConfigError(
+            f"train.init_from: expected a prompt of method ptv2, got {manifest.method} in {source}"
+        )
+    if manifest.backbone["digest"] != backbone.spec.digest:
+        raise ConfigError(
+            f"train.init_from: {source} is a prompt of backbone {manifest.backbone['name']} "
+            f"({manifest.backbone['digest']}), expected {backbone.spec.name} "
+            f"({backbone.spec.digest})"
+        )
+    weights = load_weights(folder, manifest)
+    assert weights.prompt is not None, "a prompt of ptv2 has one"
+    is_same = (manifest.task.kind, manifest.task.labels) == (
+        prepared.task.kind,
+        prepared.task.labels,
+    )
+    head = (weights.head_weight, weights.head_bias) if is_same else None
+    return Start(prompt=weights.prompt, digest=manifest.sha256, head=head)
+
+
+def _pull(source: str, folder: Path, settings: TaskSettings, paths: TaskPaths) -> None:
+    """Put a registered prompt into a folder."""
+    chosen = settings.backbone
+    uri = read_environment().mlflow_tracking_uri or settings.register.tracking_uri
+    pull(
+        source.removeprefix(REGISTERED).replace("/", ":"),  # models:/NAME/3 is MLflow's NAME:3
+        folder,
+        tracking_uri=uri,
+        root=paths.root,
+        backbone_name=chosen.name if chosen.revision is None else None,
     )
 
 
@@ -106,18 +211,21 @@ def start_training(
     prepared: Prepared,
     config: TrainConfig,
     *,
+    start: Start | None = None,
     trunk: TrunkCache | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
 ) -> tuple[PromptedModel, Iterator[TrainReport]]:
     """Return a new model and the generator that trains it; the last three as for `fit`.
 
+    A backbone that is to be tuned is copied for the model.
+
     Raises:
         ConfigError: The prompt is longer than the backbone's positions allow.
     """
     splits = prepared.splits
-    check_positions(backbone, config.prompt, list(splits.values()))
-    model = new_model(backbone, prepared.task, config, splits["train"])
+    check_positions(backbone, config, list(splits.values()))
+    model = new_model(backbone, prepared.task, config, splits["train"], start=start)
     reports = fit(
         model,
         task=prepared.task,

@@ -27,8 +27,13 @@ class Batch:
         input_ids: `[B, T]`.
         token_mask: `[B, T]`, true at real tokens.
         token_type_ids: `[B, T]`, or None where all are zero.
-        labels: `[B]`, or `[B, T]` with -100 where no tag is; None without labels.
+        labels: None without labels, else by the task's form: `[B]` class numbers, numbers, or 1
+            for right options; `[B, T]` with -100 where no tag is; `[B, 2]` first and last token
+            of the answer.
         word_index: `[B, T]`: the word whose first piece the token is, else -1.
+        groups: `[B]`, rows of one number are answered as one, dense from 0 as the batch was made;
+            None where each row is answered alone.
+        read_at: `[B]`, the mask token's place; None where there is none.
     """
 
     rows: LongArray
@@ -37,30 +42,42 @@ class Batch:
     token_type_ids: Tensor | None
     labels: Tensor | None
     word_index: Tensor
+    groups: Tensor | None = None
+    read_at: Tensor | None = None
 
     def take(self, places: LongArray) -> "Batch":
-        """Return some rows, `places` in this batch, at the same width."""
+        """Return some rows, `places` in this batch, at the same width and with the same groups."""
         index = torch.from_numpy(places)
-        types, labels = self.token_type_ids, self.labels
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
+
         return Batch(
             rows=self.rows[places],
             input_ids=self.input_ids[index],
             token_mask=self.token_mask[index],
-            token_type_ids=None if types is None else types[index],
-            labels=None if labels is None else labels[index],
+            token_type_ids=some(self.token_type_ids),
+            labels=some(self.labels),
             word_index=self.word_index[index],
+            groups=some(self.groups),
+            read_at=some(self.read_at),
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch with what the model reads on `device`."""
-        types, labels = self.token_type_ids, self.labels
+        """Return the batch with what the model and the loss read on `device`."""
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
         return Batch(
             rows=self.rows,
             input_ids=self.input_ids.to(device),
             token_mask=self.token_mask.to(device),
-            token_type_ids=None if types is None else types.to(device),
-            labels=None if labels is None else labels.to(device),
+            token_type_ids=there(self.token_type_ids),
+            labels=there(self.labels),
             word_index=self.word_index,
+            groups=there(self.groups),
+            read_at=there(self.read_at),
         )
 
 
@@ -70,6 +87,7 @@ def shuffled_batches(
     """Return the batches of one epoch, each an array of row numbers.
 
     Rows are shuffled, sorted by length within pools, cut into batches, and the batches shuffled.
+    Of a split with units these are the rows: see `EncodedSplit.unit_lengths` and `rows_of`.
 
     Args:
         lengths: `[rows]`, tokens of each row.
@@ -130,14 +148,23 @@ def collate(split: EncodedSplit, rows: LongArray) -> Batch:
         token_type_ids=types if bool(types.any()) else None,
         labels=_labels(split, rows, word_index),
         word_index=word_index,
+        groups=_groups(split, rows),
+        read_at=torch.from_numpy(split.read_at[rows]) if len(split.read_at) else None,
     )
+
+
+def _groups(split: EncodedSplit, rows: LongArray) -> Tensor | None:
+    if not len(split.units):
+        return None
+    return torch.from_numpy(np.unique(split.groups[rows], return_inverse=True)[1])
 
 
 def _labels(split: EncodedSplit, rows: LongArray, word_index: Tensor) -> Tensor | None:
     if not len(split.labels):
         return None
     if not split.has_words:
-        return torch.from_numpy(split.labels[rows].astype(np.int64))
+        is_number = np.issubdtype(split.labels.dtype, np.floating)
+        return torch.from_numpy(split.labels[rows].astype(np.float32 if is_number else np.int64))
     words = [slice(split.word_offsets[row], split.word_offsets[row + 1]) for row in rows]
     longest = max(span.stop - span.start for span in words)
     by_word = _pad([split.labels[span] for span in words], longest, IGNORED)  # [B, words]

@@ -1,16 +1,17 @@
-"""Validated records become typed examples; splits are carved deterministically. Loads no torch."""
+"""Typed examples of all kinds; splits of them are carved deterministically. Loads no torch."""
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from ptv2_core.data.tasks import TaskKind
+from ptv2_core.data.tasks import FORMS, NUM_OUTPUTS, TaskKind
 from ptv2_core.errors import DataError
 
-SPLITS = ("train", "dev", "test")
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 OUTSIDE = "O"
 
 
@@ -24,165 +25,90 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class TextExample:
-    """One or two texts with a label; the label is None where only an answer is wanted."""
+    """One or two texts with a label; the label is None where only an answer is wanted.
+
+    Attributes:
+        text: The first or only text.
+        text_pair: The second.
+        label: A class's name; for regression a number.
+        group: Of rows that are scored together, such as the answers to one question.
+        where: The record's place.
+    """
 
     text: str
     text_pair: str | None
-    label: str | None
+    label: str | float | None
+    group: str | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionsExample:
+    """Options to choose from, each with the same text before it.
+
+    Attributes:
+        text: What all options share.
+        options: The second text of each.
+        names: What an answer is called, an option each: COPA's choice, ReCoRD's entity.
+        correct: The places of right options; None where only an answer is wanted.
+        answers: For ReCoRD the texts that count as right, else empty.
+        where: The record's place.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    names: tuple[str, ...]
+    correct: tuple[int, ...] | None
+    answers: tuple[str, ...] = ()
     where: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokensExample:
-    """Tokens with a tag each; tags are None where only an answer is wanted."""
+    """Tokens with a tag each; tags are None where only an answer is wanted.
+
+    Attributes:
+        tokens: The words.
+        tags: IOB2.
+        predicate: The place of the word whose arguments are wanted; None for plain tagging.
+        where: The record's place.
+    """
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None
+    predicate: int | None = None
     where: str = ""
 
 
-Example = TextExample | TokensExample
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer's text and the place of its first character in the context."""
+
+    text: str
+    start: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Which field of a record is what; dots reach into nested objects."""
+class QuestionExample:
+    """A question about a context.
 
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    tokens: str | None = None
-    tags: str | None = None
-
-    def named(self) -> dict[str, str]:
-        """Return the fields that are set."""
-        return {name: field for name, field in vars(self).items() if field is not None}
-
-
-def parse_records(
-    records: Iterable[Record], *, kind: TaskKind, fields: Fields
-) -> tuple[list[Example], int]:
-    """Turn records into examples.
-
-    Args:
-        records: Raw records.
-        kind: What the task predicts.
-        fields: Which field is what.
-
-    Returns:
-        The examples, and the number of `I-` tags that began a span and were taken as `B-`, as the
-        CoNLL evaluation does.
-
-    Raises:
-        DataError: All problems of all records, each with its place.
+    Attributes:
+        question: The question.
+        context: Holds the answer, if it has one.
+        answers: All that count as right; empty: the context holds none. None where only an answer
+            is wanted.
+        id: Of the question in its data set.
+        where: The record's place.
     """
-    problems: list[str] = []
-    examples: list[Example] = []
-    repaired = 0
-    for record in records:
-        try:
-            if kind == "classification":
-                examples.append(_text_example(record, fields))
-            else:
-                example, count = _tokens_example(record, fields)
-                examples.append(example)
-                repaired += count
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError.collected(problems)
-    return examples, repaired
+
+    question: str
+    context: str
+    answers: tuple[Answer, ...] | None
+    id: str = ""
+    where: str = ""
 
 
-def _field(record: Record, path: str) -> Any:
-    value: Any = record.values
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            known = ", ".join(sorted(map(str, record.values)))
-            raise DataError(f"{record.where}: no field {path!r}; the record has: {known}")
-        value = value[part]
-    return value
-
-
-def _text(record: Record, path: str) -> str:
-    value = _field(record, path)
-    if not isinstance(value, str):
-        raise DataError(f"{record.where}: field {path!r} must be text, got {value!r:.80}")
-    if not value.strip():
-        raise DataError(f"{record.where}: field {path!r} is empty; remove the record or fill it in")
-    return value
-
-
-def _label(record: Record, path: str) -> str:
-    value = _field(record, path)
-    if isinstance(value, bool | int | str) and str(value).strip():
-        return str(value).lower() if isinstance(value, bool) else str(value)
-    raise DataError(
-        f"{record.where}: field {path!r} must be a label's name or number, got {value!r:.80}"
-    )
-
-
-def _text_example(record: Record, fields: Fields) -> TextExample:
-    assert fields.text is not None, "the settings name the text field"
-    return TextExample(
-        text=_text(record, fields.text),
-        text_pair=_text(record, fields.text_pair) if fields.text_pair else None,
-        label=_label(record, fields.label) if fields.label else None,
-        where=record.where,
-    )
-
-
-def _tokens_example(record: Record, fields: Fields) -> tuple[TokensExample, int]:
-    assert fields.tokens is not None, "the settings name the tokens field"
-    tokens = _strings(record, fields.tokens)
-    if fields.tags is None:
-        return TokensExample(tokens=tokens, tags=None, where=record.where), 0
-    tags = _strings(record, fields.tags)
-    if len(tags) != len(tokens):
-        raise DataError(
-            f"{record.where}: {len(tokens)} tokens but {len(tags)} tags; each token needs one tag"
-        )
-    mended, repaired = repair_tags(tags, where=record.where)
-    return TokensExample(tokens=tokens, tags=mended, where=record.where), repaired
-
-
-def _strings(record: Record, path: str) -> tuple[str, ...]:
-    value = _field(record, path)
-    if isinstance(value, str):
-        value = value.split()
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise DataError(
-            f"{record.where}: field {path!r} must be a list of texts, got {value!r:.80}"
-        )
-    if not value:
-        raise DataError(f"{record.where}: field {path!r} is empty; remove the record or fill it in")
-    blank = next((place for place, item in enumerate(value) if not item.strip()), None)
-    if blank is not None:
-        raise DataError(f"{record.where}: item {blank + 1} of field {path!r} is empty")
-    return tuple(value)
-
-
-def repair_tags(tags: Sequence[str], *, where: str = "") -> tuple[tuple[str, ...], int]:
-    """Return tags in strict IOB2, and how many `I-` began a span and became `B-`.
-
-    Args:
-        tags: `O`, `B-type` or `I-type`.
-        where: The record's place, for the error.
-
-    Raises:
-        DataError: A tag of another form.
-    """
-    mended: list[str] = []
-    repaired = 0
-    for place, tag in enumerate(tags):
-        prefix, _, name = tag.partition("-")
-        if tag != OUTSIDE and (prefix not in ("B", "I") or not name):
-            raise DataError(f"{where}: tag {place + 1} must be O, B-type or I-type, got {tag!r}")
-        if prefix == "I" and (not mended or mended[-1][2:] != name):
-            tag = f"B-{name}"
-            repaired += 1
-        mended.append(tag)
-    return tuple(mended), repaired
+Example = TextExample | OptionsExample | TokensExample | QuestionExample
 
 
 def collect_labels(
@@ -190,7 +116,10 @@ def collect_labels(
 ) -> tuple[str, ...]:
     """Return the closed label set: those given, else those of train, sorted.
 
-    A tagging set has `O` first and both `B-` and `I-` of every type.
+    A set of tags has `O` first and both `B-` and `I-` of every type. Roles of predicates are those
+    of all splits: rare ones (`R-ARGM-DIR`) often are in one alone, and count as missed where train
+    lacks them. MultiRC's labels are `0` and `1`; kinds that answer with numbers, options or
+    stretches of text have none.
 
     Args:
         splits: Examples by split; `train` is there.
@@ -200,8 +129,13 @@ def collect_labels(
     Raises:
         DataError: An example has a label outside the set, or train has fewer than two.
     """
-    found = sorted({label for example in splits["train"] for label in _labels_of(example)})
-    if kind == "tagging":
+    if FORMS[kind] in NUM_OUTPUTS:
+        return ()
+    if kind == "multirc":
+        return ("0", "1")
+    sources = splits.values() if kind == "srl" else [splits["train"]]
+    found = sorted({label for source in sources for one in source for label in _labels_of(one)})
+    if FORMS[kind] == "tokens":
         types = sorted({tag[2:] for tag in found if tag != OUTSIDE})
         found = [OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI")]
     known = tuple(labels) if labels is not None else tuple(found)
@@ -209,9 +143,9 @@ def collect_labels(
         raise DataError(
             f"train has {len(known)} label(s) ({', '.join(known)}); a task needs two or more"
         )
-    source = "prepare.labels" if labels is not None else "train"
+    origin = "prepare.labels" if labels is not None else "train"
     problems = [
-        f"{example.where}: unknown label {label!r} in {split}; {source} has: {_listed(known)}"
+        f"{example.where}: unknown label {label!r} in {split}; {origin} has: {_listed(known)}"
         for split, examples in splits.items()
         for example in examples
         for label in sorted(set(_labels_of(example)) - set(known))
@@ -224,7 +158,8 @@ def collect_labels(
 def _labels_of(example: Example) -> tuple[str, ...]:
     if isinstance(example, TokensExample):
         return example.tags or ()
-    return () if example.label is None else (example.label,)
+    assert isinstance(example, TextExample), "options and answers in a text have no labels"
+    return () if example.label is None else (str(example.label),)
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
@@ -236,7 +171,8 @@ def carve_splits(
 ) -> dict[str, list[Example]]:
     """Return train, dev and test; a missing one is carved out of train.
 
-    The choice depends on the seed and the number of rows alone.
+    The choice depends on the seed and the number of rows alone; where examples share a passage, a
+    context or a sentence, on which of them do, since one text is never in two carved splits.
 
     Args:
         splits: What the source has; `train` is there.
@@ -247,9 +183,12 @@ def carve_splits(
     Raises:
         DataError: Train is too small to be split.
     """
-    order = list(range(len(splits["train"])))
+    rows = splits["train"]
+    order = _together(_shared_text(example) for example in rows)
     random.Random(f"splits {seed}").shuffle(order)
-    result = {name: list(splits[name]) for name in SPLITS if name in splits}
+    result: dict[str, list[Example]] = {
+        name: list(splits[name]) for name in SPLITS if name in splits
+    }
     for name, fraction in (("dev", dev_fraction), ("test", test_fraction)):
         if name in splits:
             continue
@@ -258,23 +197,56 @@ def carve_splits(
                 f"there is no {name} split and prepare.{name}_fraction is 0; add a {name} file, or "
                 "set a share of train"
             )
-        count = round(len(splits["train"]) * fraction)
-        if count < 1 or count >= len(order):
+        count = round(len(rows) * fraction)
+        taken: list[int] = []
+        while order and len(taken) < count:
+            taken += order.pop(0)
+        if not taken or not order:
             raise DataError(
-                f"train has {len(splits['train'])} rows, too few to carve {name} "
+                f"train has {len(rows)} rows, too few to carve {name} "
                 f"({fraction:g}) out of it; add rows or a {name} file"
             )
-        taken, order = order[:count], order[count:]
-        result[name] = [splits["train"][place] for place in sorted(taken)]
-    result["train"] = [splits["train"][place] for place in sorted(order)]
+        result[name] = [rows[place] for place in sorted(taken)]
+    result["train"] = [rows[place] for places in sorted(order) for place in places]
     return {name: result[name] for name in SPLITS}
 
 
+def _shared_text(example: Example) -> str | tuple[str, ...] | None:
+    """Return the text that an example shares with others; None: it is alone."""
+    if isinstance(example, QuestionExample):
+        return example.context
+    if isinstance(example, OptionsExample):
+        return example.text if example.answers else None
+    if isinstance(example, TokensExample):
+        return None if example.predicate is None else example.tokens
+    return None if example.group is None else example.text
+
+
+def _together(keys: Iterable[Hashable | None]) -> list[list[int]]:
+    """Return the places of equal keys in a list each, in order; None is equal to nothing."""
+    found: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        # the place itself cannot be a key: keys are texts
+        found.setdefault(place if key is None else key, []).append(place)
+    return list(found.values())
+
+
 def cut_rows(examples: Sequence[Example], most: int | None, *, seed: int) -> list[Example]:
-    """Return at most `most` examples, chosen by the seed, in their first order."""
+    """Return at most `most` examples, chosen by the seed, in their first order.
+
+    A group is kept whole or left out, but for a first one that is larger than `most`.
+    """
     if most is None or len(examples) <= most:
         return list(examples)
-    chosen = random.Random(f"rows {seed}").sample(range(len(examples)), most)
+    groups = _together(getattr(example, "group", None) for example in examples)
+    draw = random.Random(f"rows {seed}")
+    if len(groups) == len(examples):
+        return [examples[place] for place in sorted(draw.sample(range(len(examples)), most))]
+    draw.shuffle(groups)
+    chosen = groups.pop(0)
+    for group in groups:
+        if len(chosen) + len(group) <= most:
+            chosen = chosen + group
     return [examples[place] for place in sorted(chosen)]
 
 
@@ -282,9 +254,29 @@ def example_to_mapping(example: Example) -> dict[str, Any]:
     """Return the plain values that a prepared split's JSONL holds."""
     if isinstance(example, TokensExample):
         tags = None if example.tags is None else list(example.tags)
-        return {"tokens": list(example.tokens), "tags": tags}
+        place = {} if example.predicate is None else {"predicate": example.predicate}
+        return {"tokens": list(example.tokens), **place, "tags": tags}
+    if isinstance(example, OptionsExample):
+        return {
+            "text": example.text,
+            "options": list(example.options),
+            "names": list(example.names),
+            "correct": None if example.correct is None else list(example.correct),
+            "answers": list(example.answers),
+        }
+    if isinstance(example, QuestionExample):
+        answers = None
+        if example.answers is not None:
+            answers = [{"text": answer.text, "start": answer.start} for answer in example.answers]
+        return {
+            "question": example.question,
+            "context": example.context,
+            "answers": answers,
+            "id": example.id,
+        }
     pair = {} if example.text_pair is None else {"text_pair": example.text_pair}
-    return {"text": example.text, **pair, "label": example.label}
+    group = {} if example.group is None else {"group": example.group}
+    return {"text": example.text, **pair, "label": example.label, **group}
 
 
 def digest_examples(examples: Iterable[Example]) -> str:

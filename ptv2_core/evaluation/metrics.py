@@ -1,8 +1,11 @@
 """Metrics: pure functions of gold and predicted labels; higher is better for all of them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ptv2_core.data.examples import OUTSIDE
 
@@ -135,3 +138,57 @@ def tagging_metrics(gold: Sequence[Tags], predicted: Sequence[Tags]) -> dict[str
         "span_recall": total.recall,
         "token_accuracy": accuracy(flat_gold, flat_predicted),
     }
+
+
+def multirc_metrics(
+    gold: Sequence[str],
+    predicted: Sequence[str],
+    *,
+    groups: Sequence[Hashable],
+    positive: str,
+) -> dict[str, float]:
+    """Return `f1a`, `em` and `accuracy` of the answers to questions with several right ones.
+
+    Args:
+        gold: Whether each answer is right, as a label.
+        predicted: Likewise.
+        groups: The question of each answer.
+        positive: The label of right answers.
+
+    Returns:
+        F1 of the positive label over all answers; the share of questions all of whose answers are
+        labelled right; the share of answers that are.
+    """
+    counts = label_counts(gold, predicted).get(positive)
+    is_right: dict[Hashable, bool] = {}
+    for group, wanted, got in zip(groups, gold, predicted, strict=True):
+        is_right[group] = is_right.get(group, True) and wanted == got
+    return {
+        "f1a": counts.f1 if counts else 0.0,
+        "em": sum(is_right.values()) / len(is_right) if is_right else 0.0,
+        "accuracy": accuracy(gold, predicted),
+    }
+
+
+def regression_metrics(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+    """Return `pearson` and `spearman`; 0 where all numbers of one side are equal."""
+    wanted, got = np.array(gold, dtype=np.float64), np.array(predicted, dtype=np.float64)
+    return {
+        "pearson": _correlation(wanted, got),
+        "spearman": _correlation(_ranks(wanted), _ranks(got)),
+    }
+
+
+def _correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    if len(one) == 0 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    one, other = one - one.mean(), other - other.mean()
+    share = (one / np.linalg.norm(one)) @ (other / np.linalg.norm(other))
+    return float(np.clip(share, -1.0, 1.0))
+
+
+def _ranks(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return ranks from 0; equal numbers share the mean of theirs."""
+    _, place, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[place]

@@ -3,10 +3,12 @@
 Letters: T tokens, C classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from ptv2_core.artifact import load_manifest, load_weights, restore_model
 from ptv2_core.config import Device, Precision
 from ptv2_core.data.batching import collate, sorted_batches
-from ptv2_core.data.encoding import encode_examples
-from ptv2_core.data.examples import Example, TextExample, TokensExample
-from ptv2_core.data.tasks import TaskSpec
-from ptv2_core.errors import ArtifactError, DataError
+from ptv2_core.data.encoding import EncodedSplit, encode_examples
+from ptv2_core.data.examples import Example, OptionsExample, TokensExample
+from ptv2_core.data.tasks import Form, TaskSpec
+from ptv2_core.errors import ArtifactError
+from ptv2_core.evaluation.forms import rules_of
+from ptv2_core.evaluation.forms.base import Decoding, Outcomes
+from ptv2_core.evaluation.forms.spans import ranked
+from ptv2_core.evaluation.inputs import examples_of_inputs
 from ptv2_core.evaluation.metrics import spans
-from ptv2_core.evaluation.scoring import EVALUATION_ROWS, decode
+from ptv2_core.evaluation.scoring import EVALUATION_ROWS, logits_of_batch
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.model.prompted import PromptedModel
@@ -27,6 +33,8 @@ from ptv2_core.model.prompted import PromptedModel
 TOKEN_BUDGET = 8192
 # fp32 sums differ in their last bits between machines; logits are of the order of 1 to 10
 GOLDEN_TOLERANCE = 1e-2
+# how many of an answer's rivals a prediction shows
+NUM_SHOWN = 5
 
 
 class Predictor:
@@ -39,15 +47,29 @@ class Predictor:
         task: TaskSpec,
         *,
         max_length: int,
+        stride: int = 0,
+        decoding: Decoding | None = None,
         golden: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Answer with slot 0 of a model."""
+        """Answer with slot 0 of a model.
+
+        Args:
+            model: Holds prompt and head.
+            tokenizer: The backbone's.
+            task: What it answers.
+            max_length: Tokens of a row at most.
+            stride: Tokens that two windows of a long context share.
+            decoding: Settings of an answer that dev chose; None: none.
+            golden: Inputs with their logits, for `verify_golden`.
+        """
         self.model = model
         self.task = task
         self._tokenizer = tokenizer
         # training checked its own rows; a longer input must not pass the backbone's positions
         room = model.backbone.position_limit - model.bank.shift(0)
         self._max_length = min(max_length, room)
+        self._stride = stride
+        self._decoding = decoding or {}
         self._golden = golden
 
     @classmethod
@@ -82,53 +104,60 @@ class Predictor:
                 f"{directory}: expected tokenizer {manifest.tokenizer_digest}, got {found} in "
                 f"{location.folder}; use the backbone's own tokenizer files"
             )
+        is_tuned = manifest.method == "finetune"
         backbone = load_backbone(
             name,
             revision,
             digest=manifest.backbone["digest"],
             device=device,
             precision=precision,
+            packs=not is_tuned,
+            tunable=is_tuned,
+            language_model=manifest.head.type == "verbalizer",
         )
         weights = load_weights(directory, manifest)
         model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
         return cls(
             model,
-            load_tokenizer(location, words=manifest.task.kind == "tagging"),
+            load_tokenizer(location, words=manifest.task.form == "tokens"),
             manifest.task,
             max_length=manifest.encoding["max_length"],
+            stride=manifest.encoding.get("stride", 0),
+            decoding=manifest.decoding,
             golden=manifest.golden,
         )
 
     def logits(self, inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Return each input's logits on the CPU: `[C]`, or `[words, C]` of the words it read.
+        """Return each input's logits on the CPU.
 
-        A word beyond the maximal length, or one that the tokenizer drops, has no row.
+        These are `[C]` of a row, `[1]` of a number, `[options]` of a choice, `[words, C]` of the
+        words it read, `[T, 2]` of the first window of a context. A word beyond the maximal
+        length, or one that the tokenizer drops, has no row.
 
         Raises:
-            DataError: An input lacks a text or tokens.
+            DataError: An input lacks what its kind needs.
         """
-        examples = [self._example(place, values) for place, values in enumerate(inputs, start=1)]
-        return [logits for _, logits in self._run(examples)]
+        run = self._run(examples_of_inputs(inputs, self.task))
+        return [run.logits_of(place) for place in range(len(inputs))]
 
     def predict(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Answer inputs, in their order.
 
         Args:
-            inputs: `{"text": ...}` with `text_pair` for pairs; for tagging `{"tokens": [...]}`, or
-                a `text` that is split on white space.
+            inputs: As for `examples_of_inputs`.
 
         Returns:
-            For classification `label` and `probabilities` by label; for tagging `tokens`, `tags`
-            and `spans` with type, start, end and text.
+            For classes `label` and `probabilities` by label; for a number `value`; for options
+            `choice`, the chosen one's number, its `text`, all `options` and their `probabilities`;
+            for words `tokens`, `tags` and `spans` with type, start, end and text; for a question
+            `text`, `start` and `end` in characters (None without an answer), `score`, which is
+            the answer's probability among the `n_best`.
 
         Raises:
-            DataError: An input lacks a text or tokens.
+            DataError: An input lacks what its kind needs.
         """
-        examples = [self._example(place, values) for place, values in enumerate(inputs, start=1)]
-        return [
-            self._answer(example, answer, logits)
-            for example, (answer, logits) in zip(examples, self._run(examples), strict=True)
-        ]
+        examples = examples_of_inputs(inputs, self.task)
+        return ANSWERS[self.task.form](self._run(examples), self._decoding)
 
     def verify_golden(self) -> None:
         """Run the artifact's golden inputs.
@@ -148,81 +177,147 @@ class Predictor:
                     "else than the one the prompt was trained with"
                 )
 
-    def _example(self, place: int, values: Mapping[str, Any]) -> Example:
-        where = f"input {place}"
-        text, tokens = values.get("text"), values.get("tokens")
-        if self.task.kind == "tagging":
-            words = tuple(tokens) if isinstance(tokens, list) else tuple(str(text or "").split())
-            if not words or not all(isinstance(word, str) and word.strip() for word in words):
-                raise DataError(
-                    f"{where}: expected `tokens` (texts) or a `text`, got {values!r:.80}"
-                )
-            _check_encodable(where, *words)
-            return TokensExample(tokens=words, tags=None, where=where)
-        pair = values.get("text_pair")
-        needs_pair = "text_pair" in self.task.fields
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: expected a `text`, got {values!r:.80}")
-        _check_encodable(where, text, pair)
-        if needs_pair and (not isinstance(pair, str) or not pair.strip()):
-            raise DataError(
-                f"{where}: task {self.task.name} also needs a `text_pair`, got {pair!r:.80}"
-            )
-        return TextExample(
-            text=text, text_pair=pair if needs_pair else None, label=None, where=where
-        )
-
     @torch.no_grad()
-    def _run(self, examples: Sequence[Example]) -> list[tuple[str | list[str], Tensor]]:
-        """Return each example's answer and logits, in order."""
-        if not examples:
-            return []
+    def _run(self, examples: Sequence[Example]) -> "_Run":
+        """Return what the model gives for examples."""
         split, _ = encode_examples(
-            examples, self._tokenizer, labels=None, max_length=self._max_length
+            examples,
+            self._tokenizer,
+            task=self.task,
+            max_length=self._max_length,
+            stride=self._stride,
+            with_labels=False,
         )
-        results: dict[int, tuple[str | list[str], Tensor]] = {}
-        for rows in sorted_batches(
-            split.lengths, batch_size=EVALUATION_ROWS, token_budget=TOKEN_BUDGET
+        rules = rules_of(self.task.form)
+        offsets = rules.outcome_offsets(split)
+        outcomes = np.zeros(offsets[-1], dtype=np.float64)
+        kept: dict[int, Tensor] = {}
+        for units in sorted_batches(
+            split.unit_lengths, batch_size=EVALUATION_ROWS, token_budget=TOKEN_BUDGET
         ):
-            batch = collate(split, rows)
-            moved = batch.to(self.model.backbone.device)
-            logits = self.model(moved.input_ids, moved.token_mask, moved.token_type_ids).cpu()
-            answers = decode(logits, batch, split, self.task)
-            for place, row in enumerate(rows.tolist()):
-                kept = logits[place]
-                if self.task.kind == "tagging":
-                    kept = kept[batch.word_index[place] >= 0]  # [T, C] -> [words, C]
-                results[row] = (answers[place], kept)
-        return [results[row] for row in range(len(examples))]
+            batch = collate(split, split.rows_of(units))
+            logits = logits_of_batch(self.model, batch).cpu()
+            found = rules.outcomes(logits, batch, split)
+            for place, row in enumerate(batch.rows.tolist()):
+                outcomes[offsets[row] : offsets[row + 1]] = found[place]
+                kept[row] = logits[place]
+                if self.task.form == "tokens":
+                    kept[row] = kept[row][batch.word_index[place] >= 0]  # [T, C] -> [words, C]
+                elif self.task.form == "spans":
+                    kept[row] = kept[row][: split.lengths[row]]
+        logits_by_row = [kept[row] for row in range(len(split))]
+        return _Run(
+            examples=examples, split=split, task=self.task, logits=logits_by_row, outcomes=outcomes
+        )
 
-    def _answer(self, example: Example, answer: str | list[str], logits: Tensor) -> dict[str, Any]:
-        if isinstance(example, TokensExample):
-            found = [
-                {
-                    "type": span.type,
-                    "start": span.start,
-                    "end": span.end,
-                    "text": " ".join(example.tokens[span.start : span.end]),
-                }
-                for span in spans(answer)
-            ]
-            return {"tokens": list(example.tokens), "tags": list(answer), "spans": found}
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a model gives for some examples.
+
+    Attributes:
+        examples: One for each input.
+        split: Their rows.
+        task: Theirs.
+        logits: Of each row, without padding.
+        outcomes: Of all rows, as the form's rules keep them.
+    """
+
+    examples: Sequence[Example]
+    split: EncodedSplit
+    task: TaskSpec
+    logits: Sequence[Tensor]
+    outcomes: Outcomes
+
+    def answers(self, decoding: Decoding) -> Sequence[Any]:
+        """Return the answers in the form of predictions."""
+        rules = rules_of(self.task.form)
+        return rules.predictions(self.outcomes, self.split, self.task, decoding)
+
+    def logits_of(self, place: int) -> Tensor:
+        """Return the logits of an input, see `Predictor.logits`."""
+        if self.task.form == "options":
+            edges = self.split.units
+            return torch.cat(list(self.logits[edges[place] : edges[place + 1]]))
+        if self.task.form == "spans":
+            return self.logits[int(np.searchsorted(self.split.groups, place))]
+        return self.logits[place]
+
+
+def _labels(run: _Run, decoding: Decoding) -> list[dict[str, Any]]:
+    found = []
+    for answer, logits in zip(run.answers(decoding), run.logits, strict=True):
         shares = logits.softmax(dim=-1).tolist()
-        probabilities = dict(zip(self.task.labels, shares, strict=True))
-        return {"label": answer, "probabilities": probabilities}
+        probabilities = dict(zip(run.task.labels, shares, strict=True))
+        found.append({"label": answer, "probabilities": probabilities})
+    return found
 
 
-def _check_encodable(where: str, *texts: object) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and UTF-8 cannot."""
-    for text in texts:
-        if isinstance(text, str):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: character {error.start + 1} of {text!r:.60} is half a surrogate "
-                    "pair, which is not valid text; mend what wrote it"
-                ) from error
+def _values(run: _Run, decoding: Decoding) -> list[dict[str, Any]]:
+    return [{"value": value} for value in run.answers(decoding)]
+
+
+def _choices(run: _Run, decoding: Decoding) -> list[dict[str, Any]]:
+    found = []
+    for place, example in enumerate(run.examples):
+        assert isinstance(example, OptionsExample), "a task of options has nothing else"
+        logits = run.logits_of(place)
+        # the first of equal ones, as in scoring
+        best = int(np.argmax(logits.numpy()))
+        found.append(
+            {
+                "choice": best,
+                "text": example.names[best],
+                "options": list(example.names),
+                "probabilities": logits.softmax(dim=-1).tolist(),
+            }
+        )
+    return found
+
+
+def _tags(run: _Run, decoding: Decoding) -> list[dict[str, Any]]:
+    found = []
+    for example, tags in zip(run.examples, run.answers(decoding), strict=True):
+        assert isinstance(example, TokensExample), "a task of words has nothing else"
+        named = [
+            {
+                "type": span.type,
+                "start": span.start,
+                "end": span.end,
+                "text": " ".join(example.tokens[span.start : span.end]),
+            }
+            for span in spans(tags)
+        ]
+        found.append({"tokens": list(example.tokens), "tags": list(tags), "spans": named})
+    return found
+
+
+def _texts(run: _Run, decoding: Decoding) -> list[dict[str, Any]]:
+    found = []
+    for guesses in ranked(run.outcomes, run.split, decoding):
+        scores = torch.tensor([guess.score for guess in guesses], dtype=torch.float64)
+        # a context without tokens has one guess of no score
+        shares = scores.softmax(dim=0).nan_to_num(nan=1.0).tolist()
+        n_best = [
+            {
+                "text": guess.text,
+                "start": guess.start if guess.text else None,
+                "end": guess.end if guess.text else None,
+                "score": share,
+            }
+            for guess, share in zip(guesses, shares, strict=True)
+        ]
+        found.append({**n_best[0], "n_best": n_best[:NUM_SHOWN]})
+    return found
+
+
+ANSWERS: Mapping[Form, Callable[[_Run, Decoding], list[dict[str, Any]]]] = {
+    "rows": _labels,
+    "values": _values,
+    "options": _choices,
+    "tokens": _tags,
+    "spans": _texts,
+}
 
 
 def _short(logits: Tensor) -> str:

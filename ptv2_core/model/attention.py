@@ -89,7 +89,8 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) ->
     The softmax of a bf16 tensor is computed in fp32 and rounded once, inside torch.
     """
     scores = (query * scaling) @ key.transpose(2, 3)
-    return torch.softmax(scores if mask is None else scores.add_(mask), dim=-1)
+    weights = torch.softmax(scores if mask is None else scores.add_(mask), dim=-1)
+    return weights.to(query.dtype)  # autocast leaves them in fp32
 
 
 class _CpuAttention(torch.autograd.Function):

@@ -15,9 +15,11 @@ from ptv2_core.model.backbones.base import Backbone, Encoded, Trunk
 from ptv2_core.model.heads import LinearHead, reads_first_token
 from ptv2_core.model.prompts import NO_SLOT, PromptBank
 
+BACKBONE = "backbone."
+
 
 def is_trainable_name(name: str) -> bool:
-    """Tell whether a parameter of `PromptedModel` is trained, optimised, counted and saved."""
+    """Tell whether a parameter of a model on a frozen backbone is trained, counted and saved."""
     return name.startswith(("bank.", "heads."))
 
 
@@ -33,6 +35,7 @@ class Part:
         trunk: What layers below the slot's first prompt give; None computes it.
         prompt_keep: What dropout leaves of the prompt, of its shape; None leaves all.
         head_keep: What dropout leaves of what the head reads, of its shape; None leaves all.
+        read_at: `[B]`, each row's mask token, for a head that reads it.
     """
 
     slot: int
@@ -42,10 +45,13 @@ class Part:
     trunk: Trunk | None = None
     prompt_keep: Tensor | None = None
     head_keep: Tensor | None = None
+    read_at: Tensor | None = None
 
 
 class PromptedModel(nn.Module):
-    """A frozen backbone that answers with the prompt and head of each row's slot.
+    """A backbone that answers with the prompt and head of each row's slot.
+
+    The backbone is frozen, but where it is a copy of its own that fine-tuning trains.
 
     Attributes:
         trims_last_layer: Whether the last layer computes the first token alone where no head reads
@@ -55,25 +61,25 @@ class PromptedModel(nn.Module):
     trims_last_layer = True
 
     def __init__(self, backbone: Backbone, bank: PromptBank, heads: Sequence[LinearHead]) -> None:
-        """Freeze the backbone; slot k has prompt k and head k.
-
-        A bank without slots and one head is a probe: the head reads the bare backbone.
-        """
+        """Freeze the backbone unless it is tuned; slot k has prompt k and head k."""
         super().__init__()
         self.backbone = backbone
         self.bank = bank.to(backbone.device)
         self.heads = nn.ModuleList(heads).to(backbone.device)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_trainable_name(name))
+            parameter.requires_grad_(is_trainable_name(name) or backbone.is_tuned)
 
     def trainable(self, slot: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the named parameters that are trained: of one slot, or of all."""
-        own = () if slot is None else (f"bank.slots.{slot}.", f"heads.{slot}.")
-        return (
-            (name, parameter)
-            for name, parameter in self.named_parameters()
-            if is_trainable_name(name) and (slot is None or name.startswith(own))
-        )
+        """Yield the named parameters that are trained: of one slot, or of all.
+
+        The weights of a backbone that is tuned are among them.
+        """
+        own: tuple[str, ...] = ("bank.", "heads.")
+        if slot is not None:
+            own = (f"bank.slots.{slot}.", f"heads.{slot}.")
+        if self.backbone.is_tuned:
+            own = (*own, BACKBONE)
+        return ((name, p) for name, p in self.named_parameters() if name.startswith(own))
 
     def put(self, slot: int, prompt: nn.Module, config: PromptConfig, head: LinearHead) -> None:
         """Give a slot another prompt and head, or make it if it is the next one."""
@@ -100,6 +106,7 @@ class PromptedModel(nn.Module):
         trunk: Trunk | None = None,
         prompt_keep: Mapping[int, Tensor] | None = None,
         first_token_only: bool = False,
+        read_at: Tensor | None = None,
         recompute: bool = False,
         captured: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Encoded:
@@ -113,21 +120,28 @@ class PromptedModel(nn.Module):
             trunk: Where to begin; None begins at the tokens.
             prompt_keep: What dropout leaves of a slot's prompt.
             first_token_only: Whether only the first token's states are wanted.
+            read_at: `[B]`, each row's mask token, where a head reads it.
             recompute: Whether activations are computed again in the backward pass, not kept.
             captured: Where given, receives every layer's keys and values of the tokens.
         """
-        if not len(self.bank) and isinstance(slots, int):
-            slots = NO_SLOT
         backbone = self.backbone
-        gathered = self.bank.gather(slots, backbone.device, backbone.dtype, keep=prompt_keep)
+        dtype = backbone.states_dtype
+        gathered = self.bank.gather(slots, backbone.device, dtype, keep=prompt_keep)
+        seen = token_mask
+        if gathered.inputs is not None:
+            before = token_mask.new_ones(len(token_mask), len(gathered.inputs))
+            seen = torch.cat([before, token_mask], dim=1)  # [B, P + T]
         return backbone.encode(
             input_ids,
             token_mask,
             token_type_ids,
             shifts=gathered.shifts,
-            prompts=PromptBatch.of(gathered.layers, token_mask, backbone.dtype, captured),
+            prompts=PromptBatch.of(gathered.layers, seen, dtype, captured),
+            inputs=gathered.inputs,
             trunk=trunk,
-            first_token_only=first_token_only,
+            # behind a prompt, the first token is not the first row of a layer's states
+            first_token_only=first_token_only and gathered.inputs is None,
+            read_at=read_at,
             recompute=recompute,
         )
 
@@ -155,6 +169,8 @@ class PromptedModel(nn.Module):
             prompt_keep={p.slot: p.prompt_keep for p in parts if p.prompt_keep is not None},
             first_token_only=self.trims_last_layer
             and all(reads_first_token(head.reads) for head in heads),  # type: ignore[arg-type]
+            # texts of a template may be read by a head that needs no language model
+            read_at=whole.read_at if any(head.reads == "mask" for head in heads) else None,
             recompute=recompute,
         )
         answers, start = [], 0
@@ -173,6 +189,7 @@ class PromptedModel(nn.Module):
         *,
         slot: int = 0,
         trunk: Trunk | None = None,
+        read_at: Tensor | None = None,
     ) -> Tensor:
         """Return logits `[B, C]` or `[B, T, C]` of rows that all belong to one slot."""
         part = Part(
@@ -181,6 +198,7 @@ class PromptedModel(nn.Module):
             token_mask=token_mask,
             token_type_ids=token_type_ids,
             trunk=trunk,
+            read_at=read_at,
         )
         return self.answer([part])[0]
 
@@ -191,14 +209,22 @@ class PromptedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         slots: Tensor,
+        read_at: Tensor | None = None,
     ) -> list[Tensor]:
         """Answer rows of different tasks in one forward.
+
+        Args:
+            input_ids: `[B, T]`.
+            token_mask: `[B, T]`, true at real tokens.
+            token_type_ids: `[B, T]` or None.
+            slots: `[B]`, each row's slot; -1 sees the bare backbone.
+            read_at: `[B]`, the mask token of rows whose head reads it.
 
         Returns:
             For each row its slot's logits, `[C]` or `[T, C]`, and for a row without a slot the
             bare backbone's hidden states `[T, H]`.
         """
-        encoded = self.encode(input_ids, token_mask, token_type_ids, slots=slots)
+        encoded = self.encode(input_ids, token_mask, token_type_ids, slots=slots, read_at=read_at)
         results: list[Tensor] = [encoded.hidden[row] for row in range(len(slots))]
         for slot in sorted(set(slots.tolist()) - {NO_SLOT}):
             rows = (slots == slot).nonzero().flatten()
@@ -237,12 +263,22 @@ def _join(parts: Sequence[Part]) -> Part:
     if len(trunks) == len(parts) and len({one.num_layers for one in trunks}) == 1:
         hidden = joined([one.hidden for one in trunks])
         trunk = Trunk(hidden=hidden, num_layers=trunks[0].num_layers)
+    read_at = None
+    if any(part.read_at is not None for part in parts):
+        read_at = torch.cat(
+            [
+                part.input_ids.new_zeros(len(part.input_ids)) if part.read_at is None
+                else part.read_at
+                for part in parts
+            ]
+        )  # fmt: skip
     return Part(
         slot=NO_SLOT,
         input_ids=joined([part.input_ids for part in parts]),
         token_mask=joined([part.token_mask for part in parts]),
         token_type_ids=types,
         trunk=trunk,
+        read_at=read_at,
     )
 
 

@@ -59,6 +59,27 @@ class MlpPrompt(nn.Module):
         return split.permute(1, 2, 3, 0, 4)  # [P, L, 2, N, D] -> [L, 2, N, P, D]
 
 
+class InputPrompt(nn.Module):
+    """A prompt of word embeddings before the lowest layer alone (Lester et al. 2021)."""
+
+    def __init__(self, start: Tensor) -> None:
+        """Take `start` `[P, H]` as the first value."""
+        super().__init__()
+        self.weight = nn.Parameter(start.clone())
+
+    def forward(self) -> Tensor:
+        """Return the prompt `[P, H]`."""
+        return self.weight
+
+
+class NoPrompt(nn.Module):
+    """The prompt of a slot that has none: its head reads the bare backbone."""
+
+    def forward(self) -> Tensor:
+        """Return nothing, `[0]`."""
+        return torch.empty(0)
+
+
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """Make a linear layer with torch's own start, drawn from `generator`."""
     # not nn.Linear(): that would draw from the global random state
@@ -120,10 +141,13 @@ class Gathered:
     Attributes:
         layers: One for each layer of the backbone; None where no row has a prompt.
         shifts: `[B or 1]`, the positions by which the row's tokens are shifted.
+        inputs: `[P, H]`, word embeddings that stand before the tokens of all rows; None: there
+            are none.
     """
 
     layers: Sequence[LayerPrompt | None]
     shifts: Tensor
+    inputs: Tensor | None = None
 
 
 class PromptBank(nn.Module):
@@ -153,12 +177,14 @@ class PromptBank(nn.Module):
 
     def layers(self, slot: int) -> tuple[int, ...]:
         """Return the layers in which a slot has a prompt, lowest first; none without a slot."""
-        if slot == NO_SLOT:
+        if slot == NO_SLOT or not self._is_deep(slot):
             return ()
         return self.configs[slot].layer_indices(self.shape.num_layers)
 
     def first_layer(self, slot: int) -> int:
         """Return the lowest layer with a prompt: below it, all slots see the bare backbone."""
+        if slot != NO_SLOT and isinstance(self.slots[slot], InputPrompt):
+            return 0
         return min(self.layers(slot), default=self.shape.num_layers)
 
     def prompt(self, slot: int, keep: Tensor | None = None) -> Tensor:
@@ -172,7 +198,11 @@ class PromptBank(nn.Module):
         return prompt if keep is None else prompt * keep
 
     def flatten(self, slot: int) -> Tensor:
-        """Return what is saved: `[its layers, 2, N, P, D]`, detached, fp32, on the CPU."""
+        """Return what is saved, detached, fp32, on the CPU.
+
+        `[its layers, 2, N, P, D]` of a deep prompt, `[P, H]` of one before the lowest layer, `[0]`
+        of none.
+        """
         with torch.no_grad():
             flat: Tensor = self.slots[slot]()
         return flat.detach().float().cpu().contiguous()
@@ -208,8 +238,13 @@ class PromptBank(nn.Module):
         unique = sorted(set(named))
         if len(unique) == 1:
             return self._one(unique[0], device, dtype, keep)
+        assert not any(isinstance(self.slots[slot], InputPrompt) for slot in unique if slot >= 0), (
+            "prompts before the lowest layer are never mixed"
+        )
         prompts = {
-            slot: self.prompt(slot, keep.get(slot)).to(dtype) for slot in unique if slot != NO_SLOT
+            slot: self.prompt(slot, keep.get(slot)).to(dtype)
+            for slot in unique
+            if self.layers(slot)
         }
         layers: list[LayerPrompt | None] = [None] * self.shape.num_layers
         index = torch.tensor([unique.index(slot) for slot in named], device=device)
@@ -241,13 +276,20 @@ class PromptBank(nn.Module):
         self, slot: int, device: torch.device, dtype: torch.dtype, keep: Mapping[int, Tensor]
     ) -> Gathered:
         layers: list[LayerPrompt | None] = [None] * self.shape.num_layers
-        if slot != NO_SLOT:
+        inputs = None
+        if slot != NO_SLOT and isinstance(self.slots[slot], InputPrompt):
+            inputs = self.prompt(slot, keep.get(slot)).to(device, dtype)
+        if self.layers(slot):
             prompt = self.prompt(slot, keep.get(slot)).to(device, dtype)
             # unbind, not indexing: its gradient is one stack, not a sum of L padded tensors
             for layer, pair in zip(self.layers(slot), prompt[:, :, None].unbind(0), strict=True):
                 keys, values = pair.unbind(0)
                 layers[layer] = LayerPrompt(keys=keys, values=values, mask=None)
-        return Gathered(layers=layers, shifts=torch.tensor([self.shift(slot)], device=device))
+        shifts = torch.tensor([self.shift(slot)], device=device)
+        return Gathered(layers=layers, shifts=shifts, inputs=inputs)
+
+    def _is_deep(self, slot: int) -> bool:
+        return not isinstance(self.slots[slot], InputPrompt | NoPrompt)
 
     def _padded(self, prompt: Tensor | None, slot: int, union: list[int], length: int) -> Tensor:
         """Return a slot's prompt as `[union, 2, N, length, D]`, zero where it has none."""

@@ -1,6 +1,6 @@
 """fit(): the training loop as a generator; the caller owns every side effect but checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ptv2_core.config import TrainConfig
 from ptv2_core.data.encoding import EncodedSplit
@@ -11,6 +11,7 @@ from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.learner import Learner, take_step
 from ptv2_core.training.records import TrainReport
+from ptv2_core.training.sources import Source
 from ptv2_core.training.trunk import TrunkCache
 
 
@@ -25,16 +26,33 @@ def fit(
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
 ) -> Iterator[TrainReport]:
-    """Train slot 0 of a model.
+    """Train slot 0 of a model on one data set; see `fit_together`, whose case of one this is."""
+    source = Source(slot=0, task=task, train=train, dev=dev)
+    return fit_together(
+        model, [source], config=config, trunk=trunk, checkpoint=checkpoint, team=team
+    )
 
-    However the iteration ends, the model is left with the weights of the best epoch so far.
+
+def fit_together(
+    model: PromptedModel,
+    sources: Sequence[Source],
+    *,
+    config: TrainConfig,
+    temperature: float = 1.0,
+    trunk: TrunkCache | None = None,
+    checkpoint: Checkpoint | None = None,
+    team: Team | None = None,
+) -> Iterator[TrainReport]:
+    """Train a model on data sets that share a prompt (paper, MPT-2).
+
+    However the iteration ends, the model is left with the weights of the best epoch so far. Of
+    several data sets the best is that of the mean score.
 
     Args:
-        model: Its prompt and head are trained in place.
-        task: Labels and metric.
-        train: Rows to learn from.
-        dev: Rows that choose the epoch.
+        model: Its prompt and heads are trained in place.
+        sources: The data sets, one or more.
         config: Everything else.
+        temperature: Of the mixture, as for `plan_epoch`.
         trunk: Where to keep the states below the first prompt; None computes them each time.
         checkpoint: Where to go on from, and to write; the caller removes it when the result is
             safe. None: a killed training starts again.
@@ -50,7 +68,7 @@ def fit(
             the checkpoint is damaged, or cannot be written.
     """
     learner = Learner(
-        model, 0, task=task, train=train, dev=dev, config=config, trunk=trunk, team=team
+        model, sources, config=config, temperature=temperature, trunk=trunk, team=team
     )
     fingerprint = learner.fingerprint() if checkpoint else ""
     writer = checkpoint if team is None or team.rank == 0 else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,17 +20,19 @@ import transformers
 from torch import Tensor, nn
 
 from ptv2_core.config import TrainConfig
-from ptv2_core.data.batching import IGNORED, Batch, collate, shuffled_batches
-from ptv2_core.data.encoding import EncodedSplit
-from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.data.batching import Batch, collate
+from ptv2_core.data.encoding import LongArray
 from ptv2_core.errors import ConfigError, TrainingError
-from ptv2_core.evaluation.scoring import cross_entropy, evaluate_model
+from ptv2_core.evaluation.forms import rules_of
+from ptv2_core.evaluation.forms.base import FormRules
+from ptv2_core.evaluation.scoring import Evaluation, evaluate_model
 from ptv2_core.files import source_digest
 from ptv2_core.model.prompted import Part, PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Snapshot
 from ptv2_core.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 from ptv2_core.training.records import Best, EpochRecord, TrainReport
+from ptv2_core.training.sources import Source, Step, plan_epoch
 from ptv2_core.training.trunk import TrunkCache, digest_arrays
 
 CORE = Path(__file__).parents[1]
@@ -43,43 +45,41 @@ class Work:
 
     Attributes:
         part: The rows, with what dropout leaves.
-        labels: `[B]` or `[B, T]`.
+        batch: The same, with their labels.
+        rules: Of the task's form.
         num_labels: Labels that count, of the whole batch: the loss is a mean over them.
     """
 
     part: Part
-    labels: Tensor
+    batch: Batch
+    rules: FormRules
     num_labels: int
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Return the cross-entropy, in nats, of `[B, C]` or `[B, T, C]` logits."""
-        return cross_entropy(logits, self.labels, reduction="sum") / self.num_labels
+        """Return the mean loss of the logits."""
+        return self.rules.loss(logits, self.batch) / self.num_labels
 
 
 class Learner:
-    """Trains one slot of a model."""
+    """Trains one slot of a model, or several that share a prompt."""
 
     def __init__(
         self,
         model: PromptedModel,
-        slot: int,
+        sources: Sequence[Source],
         *,
-        task: TaskSpec,
-        train: EncodedSplit,
-        dev: EncodedSplit,
         config: TrainConfig,
+        temperature: float = 1.0,
         trunk: TrunkCache | None = None,
         team: Team | None = None,
     ) -> None:
         """Stand before the first step.
 
         Args:
-            model: Holds the slot.
-            slot: Its prompt and head are trained in place.
-            task: Labels and metric.
-            train: Rows to learn from.
-            dev: Rows that choose the epoch.
+            model: Holds the slots, which are trained in place.
+            sources: What to learn from; of several, the model has no other slots.
             config: Everything else.
+            temperature: Of the mixture of several sources, as for `plan_epoch`.
             trunk: Where to keep the states below the first prompt; None computes them each time.
             team: The processes among which every batch is divided; None: this one alone.
 
@@ -92,21 +92,27 @@ class Learner:
                 "since the result would depend on how many they are; got true"
             )
         self.config = config
-        self.slot = slot
         self.step = 0
         self.epoch = 0
         self.history: list[EpochRecord] = []
         self._model = model
-        self._task = task
-        self._train = train
-        self._dev = dev
+        self._sources = sources
+        self._temperature = temperature
         self._team = team
-        depth = model.bank.first_layer(slot)
-        # states with dropout differ at each use
-        is_used = depth > 0 and not config.backbone_dropout
-        cache = trunk if is_used and trunk and trunk.fits(model.backbone, [train, dev]) else None
-        self._train_states = cache.states(model.backbone, train, depth) if cache else None
-        self._dev_states = cache.states(model.backbone, dev, depth) if cache else None
+        self._rules = [rules_of(source.task.form) for source in sources]
+        depth = min(model.bank.first_layer(source.slot) for source in sources)
+        # states with dropout, or of a backbone that changes, differ at each use
+        is_used = depth > 0 and not config.backbone_dropout and not model.backbone.is_tuned
+        splits = [split for source in sources for split in (source.train, source.dev)]
+        cache = trunk if is_used and trunk and trunk.fits(model.backbone, splits) else None
+        self._states = [
+            (
+                cache.states(model.backbone, source.train, depth) if cache else None,
+                cache.states(model.backbone, source.dev, depth) if cache else None,
+            )
+            for source in sources
+        ]
+        slot = sources[0].slot if len(sources) == 1 else None
         self._parameters = dict(model.trainable(slot))
         self._optimizer = make_optimizer(self._parameters, config)
         self._best = Best(self._parameters)
@@ -130,28 +136,30 @@ class Learner:
     def next_work(self) -> Work:
         """Return the next step's rows, and set the learning rate."""
         set_learning_rate(self._optimizer, self._factor())
-        whole = collate(self._train, self._batches[self._place])
+        step = self._batches[self._place]
+        source, rules = self._sources[step.source], self._rules[step.source]
+        whole = collate(source.train, source.train.rows_of(step.units))
         assert whole.labels is not None, "training rows have labels"
-        prompt_keep, head_keep = self._keeps(whole)
+        prompt_keep, head_keep = self._keeps(whole, source)
         batch = whole
         if self._team is not None:
-            own = np.arange(self._team.rank, len(whole.rows), self._team.size)
+            own = self._own_rows(whole)
             batch = whole.take(own)
             head_keep = None if head_keep is None else head_keep[own]
         device = self._model.backbone.device
         moved = batch.to(device)
-        states = self._train_states
+        states, _ = self._states[step.source]
         part = Part(
-            slot=self.slot,
+            slot=source.slot,
             input_ids=moved.input_ids,
             token_mask=moved.token_mask,
             token_type_ids=moved.token_type_ids,
             trunk=states.batch(batch.rows, batch.input_ids.shape[1]) if states else None,
             prompt_keep=None if prompt_keep is None else prompt_keep.to(device),
             head_keep=None if head_keep is None else head_keep.to(device),
+            read_at=moved.read_at,
         )
-        assert moved.labels is not None, "the whole batch has them"
-        return Work(part=part, labels=moved.labels, num_labels=int((whole.labels != IGNORED).sum()))
+        return Work(part=part, batch=moved, rules=rules, num_labels=rules.count(whole))
 
     def finish(self, loss: float) -> TrainReport:
         """Take the step whose gradients are there, and evaluate at the end of an epoch.
@@ -194,15 +202,26 @@ class Learner:
     # Checkpoints
 
     def fingerprint(self) -> str:
-        """Return a digest of all that decides this training, but for how many processes run it."""
+        """Return a digest of all that decides this training, but for how many processes run it.
+
+        Asked for before the first step.
+        """
+        assert self.step == 0, "weights that were trained are no start"
         backbone = self._model.backbone
         parts = {
             "config": self.config.to_mapping(),
-            "task": self._task.to_mapping(),
-            "data": [digest_arrays(*vars(split).values()) for split in (self._train, self._dev)],
-            "backbone": [backbone.spec.digest, str(backbone.dtype), backbone.device.type],
+            "temperature": self._temperature,
+            "tasks": [source.task.to_mapping() for source in self._sources],
+            "data": [
+                digest_arrays(*vars(split).values())
+                for source in self._sources
+                for split in (source.train, source.dev)
+            ],
+            # a start may have been trained before
+            "start": digest_arrays(*(p.detach().cpu().numpy() for p in self._parameters.values())),
+            "backbone": [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
             # cached states differ in their last bits from those of a batch
-            "trunk": [self._train_states is not None, self._dev_states is not None],
+            "trunk": [one is not None for states in self._states for one in states],
             "versions": [torch.__version__, transformers.__version__, source_digest(CORE)],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -258,14 +277,16 @@ class Learner:
 
     # Steps
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        return shuffled_batches(
-            self._train.lengths,
-            batch_size=self.config.batch_size,
-            token_budget=self.config.token_budget,
-            seed=self.config.seed,
-            epoch=epoch,
-        )
+    def _plan(self, epoch: int) -> list[Step]:
+        return plan_epoch(self._sources, self.config, epoch, temperature=self._temperature)
+
+    def _own_rows(self, batch: Batch) -> LongArray:
+        """Return the places of this process's rows in a batch; options stay together."""
+        assert self._team is not None, "asked in a team alone"
+        places = np.arange(len(batch.rows))
+        dealt = places if batch.groups is None else batch.groups.numpy()
+        own: LongArray = places[dealt % self._team.size == self._team.rank]
+        return own
 
     def _factor(self) -> float:
         return learning_rate_factor(
@@ -274,7 +295,7 @@ class Learner:
             warmup_fraction=self.config.warmup_fraction,
         )
 
-    def _keeps(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def _keeps(self, batch: Batch, source: Source) -> tuple[Tensor | None, Tensor | None]:
         """Return what dropout leaves of the prompt and of what the head reads.
 
         Drawn for the whole batch at its own width: what other learners or processes do beside
@@ -289,12 +310,17 @@ class Learner:
 
         spec, prompt = self._model.backbone.spec, self.config.prompt
         shape = spec.shape
-        num_layers = len(self._model.bank.layers(self.slot))
-        prompt_keep = keep(
-            prompt.dropout, num_layers, 2, shape.num_heads, prompt.length, shape.head_size
-        )
+        sizes: dict[str, tuple[int, ...]] = {
+            "ptv2": (
+                len(self._model.bank.layers(source.slot)), 2, shape.num_heads, prompt.length,
+                shape.head_size,
+            ),
+            "prompt_tuning": (prompt.length, spec.hidden_size),
+        }  # fmt: skip
+        size = sizes.get(self.config.method)
+        prompt_keep = None if size is None else keep(prompt.dropout, *size)
         rows, width = batch.input_ids.shape
-        read = (rows, width) if self._task.kind == "tagging" else (rows,)
+        read = (rows, width) if source.task.form in ("tokens", "spans") else (rows,)
         return prompt_keep, keep(self.config.head.dropout, *read, spec.hidden_size)
 
     def _gradients(self, loss: float) -> tuple[float, float]:
@@ -311,16 +337,23 @@ class Learner:
             loss = float(shared)
         return loss, float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
+    def _evaluate(self) -> Evaluation:
+        found = {
+            source.task.name: evaluate_model(
+                self._model,
+                source.dev,
+                source.task,
+                token_budget=self.config.token_budget,
+                slot=source.slot,
+                trunk_of=states.batch if states else None,
+                team=self._team,
+            )
+            for source, (_, states) in zip(self._sources, self._states, strict=True)
+        }
+        return together(found) if len(found) > 1 else next(iter(found.values()))
+
     def _end_epoch(self, report: TrainReport) -> TrainReport:
-        evaluation = evaluate_model(
-            self._model,
-            self._dev,
-            self._task,
-            token_budget=self.config.token_budget,
-            slot=self.slot,
-            trunk_of=self._dev_states.batch if self._dev_states else None,
-            team=self._team,
-        )
+        evaluation = self._evaluate()
         self.epoch += 1
         is_best = self._best.offer(evaluation, self.epoch)
         record = EpochRecord(
@@ -348,6 +381,22 @@ class Learner:
         )
 
 
+def together(evaluations: Mapping[str, Evaluation]) -> Evaluation:
+    """Return the mean of several tasks' scores and losses; their answers are left out."""
+    count = len(evaluations)
+    return Evaluation(
+        score=sum(one.score for one in evaluations.values()) / count,
+        loss=sum(one.loss for one in evaluations.values()) / count,
+        metrics={
+            f"{task}/{name}": value
+            for task, one in evaluations.items()
+            for name, value in one.metrics.items()
+        },
+        predictions=(),
+        decoding={},
+    )
+
+
 def take_step(
     model: PromptedModel, learners: Sequence[Learner]
 ) -> list[TrainReport | TrainingError]:
@@ -366,7 +415,7 @@ def take_step(
     with model.backbone.dropout(learners[0].seed if config.backbone_dropout else None):
         recompute = any(learner.config.gradient_checkpointing for learner in learners)
         values = [0.0] * len(works)
-        busy = [place for place, work in enumerate(works) if len(work.labels)]
+        busy = [place for place, work in enumerate(works) if len(work.batch.rows)]
         if busy:
             answers = model.answer([works[place].part for place in busy], recompute=recompute)
             losses = [

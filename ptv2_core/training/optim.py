@@ -25,7 +25,7 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_fraction: float)
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], config: TrainConfig
 ) -> torch.optim.AdamW:
-    """Return AdamW with a group for the prompts and one for the heads.
+    """Return AdamW with a group for the heads and one for what the method trains beside them.
 
     Each group keeps its peak learning rate under the key `peak`.
 
@@ -33,11 +33,11 @@ def make_optimizer(
         parameters: By their names in the model.
         config: Learning rates and weight decay.
     """
-    prompts = [p for name, p in parameters.items() if name.startswith("bank.")]
+    own = [p for name, p in parameters.items() if not name.startswith("heads.")]
     heads = [p for name, p in parameters.items() if name.startswith("heads.")]
     head_rate = config.head_learning_rate or config.learning_rate
     groups = [
-        {"params": prompts, "lr": config.learning_rate, "peak": config.learning_rate},
+        {"params": own, "lr": config.learning_rate, "peak": config.learning_rate},
         {"params": heads, "lr": head_rate, "peak": head_rate},
     ]
     filled = [group for group in groups if group["params"]]

@@ -1,18 +1,22 @@
 """The bare-backbone probe: what a linear layer alone reads out of the frozen states.
 
-Letters: H hidden size, C classes.
+Letters: N rows or tagged words, H hidden size, C classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptv2_core.data.batching import Batch, collate, sorted_batches
+from ptv2_core.data.batching import IGNORED, Batch, collate, sorted_batches
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
-from ptv2_core.evaluation.scoring import EVALUATION_ROWS, Evaluation, cross_entropy, evaluate
+from ptv2_core.errors import ConfigError
+from ptv2_core.evaluation.forms import rules_of
+from ptv2_core.evaluation.forms.base import FormRules
+from ptv2_core.evaluation.scoring import EVALUATION_ROWS, Evaluation, evaluate
 from ptv2_core.model.heads import Reading, read
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import NO_SLOT
@@ -45,7 +49,9 @@ def probe(
     reads: Reading,
     token_budget: int,
 ) -> ProbeResult:
-    """Fit multinomial logistic regression on the bare backbone's states by L-BFGS.
+    """Fit a linear layer on the bare backbone's states by L-BFGS.
+
+    It minimises the loss of the task's form: for classes this is multinomial logistic regression.
 
     Args:
         model: Only its backbone is used.
@@ -53,13 +59,25 @@ def probe(
         splits: Train, dev and test.
         reads: What the tuned head reads, so that the two compare.
         token_budget: Padded tokens of a batch at most.
+
+    Raises:
+        ConfigError: The task answers with stretches of a context, whose loss needs the states of
+            all tokens at once.
     """
+    if task.form == "spans":
+        raise ConfigError(
+            f"task {task.name}: a probe is fitted to rows, options or tagged words; expected a "
+            f"kind of these, got {task.kind}; leave the probe out, or train a head alone"
+        )
     train, dev, test = splits
-    features, labels = _features(model, train, reads, token_budget)
+    features, targets = _features(model, train, task, reads, token_budget)
     mean, spread = features.mean(dim=0), features.std(dim=0) + 1e-6
+    # states of tagged words are rows by now
+    rules = rules_of("rows" if task.form == "tokens" else task.form)
     best: tuple[Evaluation, nn.Linear, float] | None = None
     for penalty in PENALTIES:
-        linear = _fit_linear((features - mean) / spread, labels, len(task.labels), penalty)
+        linear = nn.Linear(features.shape[1], task.num_outputs).to(features.device)
+        _fit(linear, (features - mean) / spread, targets, rules, penalty)
         evaluation = _evaluate(model, dev, task, reads, token_budget, linear, mean, spread)
         if best is None or evaluation.score > best[0].score:
             best = (evaluation, linear, penalty)
@@ -72,44 +90,67 @@ def probe(
 def _states(model: PromptedModel, batch: Batch, reads: Reading) -> Tensor:
     model.eval()
     moved = batch.to(model.backbone.device)
-    encoded = model.encode(moved.input_ids, moved.token_mask, moved.token_type_ids, slots=NO_SLOT)
+    encoded = model.encode(
+        moved.input_ids,
+        moved.token_mask,
+        moved.token_type_ids,
+        slots=NO_SLOT,
+        read_at=moved.read_at if reads == "mask" else None,
+    )
     return read(encoded, reads)
 
 
 def _features(
-    model: PromptedModel, split: EncodedSplit, reads: Reading, token_budget: int
-) -> tuple[Tensor, Tensor]:
-    """Return states `[rows or tagged tokens, H]` and their labels."""
+    model: PromptedModel, split: EncodedSplit, task: TaskSpec, reads: Reading, token_budget: int
+) -> tuple[Tensor, Batch]:
+    """Return states `[N, H]`, and a batch of nothing but their labels and groups."""
     states: list[Tensor] = []
     labels: list[Tensor] = []
-    for rows in sorted_batches(
-        split.lengths, batch_size=EVALUATION_ROWS, token_budget=token_budget
+    groups: list[Tensor] = []
+    for units in sorted_batches(
+        split.unit_lengths, batch_size=EVALUATION_ROWS, token_budget=token_budget
     ):
-        batch = collate(split, rows)
+        batch = collate(split, split.rows_of(units))
         assert batch.labels is not None, "training rows have labels"
         found = _states(model, batch, reads).flatten(0, -2)
         flat = batch.labels.flatten().to(found.device)
-        states.append(found[flat >= 0])
-        labels.append(flat[flat >= 0])
-    return torch.cat(states), torch.cat(labels)
+        is_used = flat != IGNORED if task.form == "tokens" else torch.ones_like(flat).bool()
+        states.append(found[is_used])
+        labels.append(flat[is_used])
+        if batch.groups is not None:
+            groups.append(torch.from_numpy(split.groups[batch.rows]).to(found.device))
+    features = torch.cat(states)
+    nothing = torch.zeros(len(features), 0, dtype=torch.long)
+    targets = Batch(
+        rows=np.arange(len(features)),
+        input_ids=nothing,
+        token_mask=nothing.bool(),
+        token_type_ids=None,
+        labels=torch.cat(labels),
+        word_index=nothing,
+        groups=torch.cat(groups) if groups else None,
+    )
+    return features, targets
 
 
-def _fit_linear(features: Tensor, labels: Tensor, num_classes: int, penalty: float) -> nn.Linear:
-    linear = nn.Linear(features.shape[1], num_classes).to(features.device)
+def _fit(
+    linear: nn.Linear, features: Tensor, targets: Batch, rules: FormRules, penalty: float
+) -> None:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(
         linear.parameters(), max_iter=ITERATIONS, line_search_fn="strong_wolfe"
     )
+    count = rules.count(targets)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(linear(features), labels) + penalty * linear.weight.square().sum()
+        loss = rules.loss(linear(features), targets) / count
+        loss = loss + penalty * linear.weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return linear
 
 
 def _evaluate(

@@ -15,6 +15,7 @@ from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank
 from ptv2_core.training.learner import Learner, take_step
 from ptv2_core.training.records import TrainReport
+from ptv2_core.training.sources import Source
 from ptv2_core.training.start import new_slot
 from ptv2_core.training.trunk import TrunkCache
 
@@ -66,17 +67,15 @@ class Stack:
                 "train.backbone_dropout: trials that share a forward share its draws, so a trial "
                 "would depend on its neighbours; expected false, or trials one at a time"
             )
+        if config.method not in ("ptv2", "probe"):
+            raise ConfigError(
+                f"train.method: trials of {config.method} cannot share a forward; expected ptv2 or "
+                "probe, or trials one at a time"
+            )
         prompt, head = new_slot(self.model.backbone, self._task, config, self._train)
         self.model.put(lane, prompt, config.prompt, head)
-        self._learners[lane] = Learner(
-            self.model,
-            lane,
-            task=self._task,
-            train=self._train,
-            dev=self._dev,
-            config=config,
-            trunk=self._trunk,
-        )
+        source = Source(slot=lane, task=self._task, train=self._train, dev=self._dev)
+        self._learners[lane] = Learner(self.model, [source], config=config, trunk=self._trunk)
 
     def stop(self, lane: int) -> None:
         """End a lane's trial; its slot keeps the weights of the best epoch."""

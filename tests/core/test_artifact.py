@@ -18,8 +18,8 @@ from tests.tiny import tiny_artifact, tiny_backbone
 Folder = Callable[[str], Path]
 
 MANIFEST_KEYS = {
-    "schema_version", "task", "prompt", "head", "backbone", "tokenizer_digest", "encoding",
-    "training", "provenance", "metrics", "sha256", "golden",
+    "schema_version", "method", "task", "prompt", "head", "backbone", "tokenizer_digest",
+    "encoding", "decoding", "training", "provenance", "metrics", "sha256", "golden",
 }  # fmt: skip
 
 

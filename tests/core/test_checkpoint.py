@@ -23,6 +23,7 @@ from ptv2_core.training import checkpoint as checkpoint_module
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import TrainReport
 from ptv2_core.training.learner import Learner
+from ptv2_core.training.sources import Source
 from ptv2_core.training.trunk import TrunkCache
 from tests.core.processes import Child
 from tests.core.training_parts import Bench, assert_equal, settings, weights
@@ -348,10 +349,7 @@ def test_checkpoint_with_a_flipped_bit_is_never_gone_on_from(
     bench = Bench(backbone_folder("bert"), rows=(20, 6))
     learner = Learner(
         bench.model(settings()),
-        0,
-        task=bench.task,
-        train=bench.train,
-        dev=bench.dev,
+        [Source(slot=0, task=bench.task, train=bench.train, dev=bench.dev)],
         config=settings(),
     )
     fingerprint = learner.fingerprint()

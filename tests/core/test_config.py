@@ -36,7 +36,7 @@ def test_config_survives_a_round_trip() -> None:
             "true or false, got 1",
         ),
         ({"prompt": 3}, "train.prompt", "expected a mapping"),
-        ({"lr": 1}, "train.lr", "unknown key; known: prompt, head, learning_rate"),
+        ({"lr": 1}, "train.lr", "unknown key; known: method, prompt, head, init_from"),
     ],
 )
 def test_config_names_what_is_wrong(values: dict[str, Any], path: str, message: str) -> None:

@@ -12,7 +12,6 @@ from ptv2_core.data.batching import IGNORED, collate, shuffled_batches, sorted_b
 from ptv2_core.data.encoding import EncodedSplit, encode_examples
 from ptv2_core.data.examples import (
     Example,
-    Fields,
     Record,
     TextExample,
     TokensExample,
@@ -20,9 +19,9 @@ from ptv2_core.data.examples import (
     collect_labels,
     cut_rows,
     digest_examples,
-    parse_records,
-    repair_tags,
 )
+from ptv2_core.data.fields import Fields
+from ptv2_core.data.parsing import parse_records, repair_tags
 from ptv2_core.errors import DataError
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from tests.tiny import byte_level_backbone, examples_of, task_of
@@ -173,9 +172,7 @@ def test_encoding_survives_a_round_trip_through_mapped_files(
     tokenizer = load_tokenizer(locate(str(backbone_folder("bert"))))
     for kind in ("classification", "tagging"):
         task = task_of(kind)
-        split, report = encode_examples(
-            examples_of(kind, 20), tokenizer, labels=task.labels, max_length=32
-        )
+        split, report = encode_examples(examples_of(kind, 20), tokenizer, task=task, max_length=32)
         split.save(tmp_path / kind)
         loaded = EncodedSplit.load(tmp_path / kind)
         assert isinstance(loaded.input_ids, np.memmap)
@@ -191,14 +188,14 @@ def test_encoding_aligns_tags_with_first_pieces_and_keeps_words_cut_off(
     tokenizer = load_tokenizer(locate(str(backbone_folder("bert"))))
     tokens = ("books", "rome", "playing", "anna", "to", "oslo")
     tags = ("O", "B-city", "O", "B-person", "O", "B-city")
-    labels = task_of("tagging").labels
+    task = task_of("tagging")
     split, report = encode_examples(
-        [TokensExample(tokens=tokens, tags=tags)], tokenizer, labels=labels, max_length=8
+        [TokensExample(tokens=tokens, tags=tags)], tokenizer, task=task, max_length=8
     )
     pieces = tokenizer.convert_ids_to_tokens(split.input_ids.tolist())
     assert pieces == ["[CLS]", "book", "##s", "rome", "play", "##ing", "anna", "[SEP]"]
     assert split.word_index.tolist() == [-1, 0, -1, 1, 2, -1, 3, -1]
-    assert [labels[i] for i in split.labels] == list(tags)
+    assert [task.labels[i] for i in split.labels] == list(tags)
     assert report.truncated == 1
     batch = collate(split, np.array([0]))
     assert batch.labels is not None
@@ -209,7 +206,7 @@ def test_encoding_aligns_tags_with_first_pieces_and_keeps_words_cut_off(
 def test_encoding_of_a_pair_marks_and_cuts_it(backbone_folder: Folder) -> None:
     tokenizer = load_tokenizer(locate(str(backbone_folder("bert"))))
     example = TextExample(text="book a song", text_pair="call anna from rome", label="song")
-    split, report = encode_examples([example], tokenizer, labels=task_of().labels, max_length=8)
+    split, report = encode_examples([example], tokenizer, task=task_of(), max_length=8)
     assert split.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert report.truncated == 1
     assert split.labels.tolist() == [2]
@@ -262,7 +259,7 @@ def test_collate_pads_on_the_right(backbone_folder: Folder) -> None:
         TextExample(text="book", text_pair=None, label="song"),
         TextExample(text="book a song", text_pair=None, label="alarm"),
     ]
-    split, _ = encode_examples(rows, tokenizer, labels=task_of().labels, max_length=8)
+    split, _ = encode_examples(rows, tokenizer, task=task_of(), max_length=8)
     batch = collate(split, np.array([0, 1]))
     assert batch.token_mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert batch.input_ids[0, 3:].tolist() == [0, 0]
@@ -274,11 +271,11 @@ def test_collate_pads_on_the_right(backbone_folder: Folder) -> None:
 def test_encoding_keeps_words_apart_with_a_byte_level_tokenizer(tmp_path: Path) -> None:
     folder = byte_level_backbone(tmp_path / "roberta")
     example = TokensExample(tokens=("to", "paris"), tags=("O", "B-city"))
-    labels = task_of("tagging").labels
+    task = task_of("tagging")
 
     def pieces(words: bool) -> list[str]:
         tokenizer = load_tokenizer(locate(str(folder)), words=words)
-        split, _ = encode_examples([example], tokenizer, labels=labels, max_length=32)
+        split, _ = encode_examples([example], tokenizer, task=task, max_length=32)
         return tokenizer.convert_ids_to_tokens(split.input_ids.tolist())  # type: ignore[no-any-return]
 
     assert "".join(pieces(words=True)) == "<s>\u0120to\u0120paris</s>"

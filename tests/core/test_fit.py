@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptv2_core.config import PromptConfig, TrainConfig
+from ptv2_core.config import TrainConfig
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ConfigError, TrainingError
@@ -14,6 +14,7 @@ from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.fit import fit
 from ptv2_core.training.learner import Learner
 from ptv2_core.training.records import TrainReport
+from ptv2_core.training.sources import Source
 from ptv2_core.training.start import check_positions, new_model
 from tests.tiny import (
     encode_for,
@@ -100,7 +101,8 @@ def test_fit_draws_dropout_anew_for_each_step_and_never_for_the_same(
 
     def keeps() -> list[torch.Tensor]:
         model, task, (train, dev) = build(backbone_folder("bert"), "classification", config)
-        learner = Learner(model, 0, task=task, train=train, dev=dev, config=config)
+        source = Source(slot=0, task=task, train=train, dev=dev)
+        learner = Learner(model, [source], config=config)
         found: list[torch.Tensor] = []
         for step in range(4):
             learner.step = step
@@ -193,13 +195,17 @@ def test_start_refuses_a_prompt_longer_than_the_positions(backbone_folder: Folde
     backbone = open_backbone(folder)
     split = encode_for(folder, examples_of("classification", 9), task_of())
     longest = int(split.lengths.max())
+
+    def length_of(length: int, **changes: object) -> TrainConfig:
+        return settings(prompt={"length": length, **changes})
+
     fitting = 64 - 1 - longest  # one position is lost to the padding id
-    check_positions(backbone, PromptConfig(length=fitting), [split])
+    check_positions(backbone, length_of(fitting), [split])
     with pytest.raises(ConfigError, match=f"expected a length of at most {fitting}"):
-        check_positions(backbone, PromptConfig(length=fitting + 1), [split])
+        check_positions(backbone, length_of(fitting + 1), [split])
     # neither takes a position: the tokens stay where the backbone has them
-    check_positions(backbone, PromptConfig(length=60, shift_positions=False), [split])
-    check_positions(backbone, PromptConfig(length=60, layers=2), [split])
+    check_positions(backbone, length_of(60, shift_positions=False), [split])
+    check_positions(backbone, length_of(60, layers=2), [split])
 
 
 def test_start_refuses_to_read_a_pooler_that_is_not_there(tmp_path: Path) -> None:

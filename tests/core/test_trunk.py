@@ -20,6 +20,7 @@ from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.training import trunk
 from ptv2_core.training.learner import Learner
+from ptv2_core.training.sources import Source
 from ptv2_core.training.trunk import TrunkCache, TrunkStates
 from tests.core.processes import CONTEXT, Child
 from tests.core.training_parts import Bench, assert_equal, epoch_rows, settings, weights
@@ -519,10 +520,8 @@ def test_trunk_changes_the_fingerprint_of_a_training(bench: Bench, cache: TrunkC
     config = settings(**UPPER)
 
     def fingerprint(trunk: TrunkCache | None) -> str:
-        learner = Learner(
-            bench.model(config), 0, task=bench.task, train=bench.train, dev=bench.dev,
-            config=config, trunk=trunk,
-        )  # fmt: skip
+        source = Source(slot=0, task=bench.task, train=bench.train, dev=bench.dev)
+        learner = Learner(bench.model(config), [source], config=config, trunk=trunk)
         return learner.fingerprint()
 
     assert fingerprint(None) == fingerprint(None)

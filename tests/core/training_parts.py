@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ptv2_core.artifact import Weights, save_artifact
 from ptv2_core.config import TrainConfig
 from ptv2_core.data.encoding import EncodedSplit
-from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.data.tasks import TaskKind, TaskSpec
 from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
 from ptv2_core.training.records import TrainReport
-from ptv2_core.training.start import new_model
+from ptv2_core.training.start import new_model, resolve_head
 from ptv2_core.training.trunk import TrunkCache
+from tests.core.kind_parts import kind_examples, kind_task
 from tests.tiny import encode_for, examples_of, open_backbone, task_of
 
 QUICK: dict[str, Any] = {
@@ -49,11 +52,13 @@ class Bench:
     ) -> None:
         """Draw and encode the rows."""
         self.folder = folder
-        self.task: TaskSpec = task_of(kind)
+        is_plain = kind in ("classification", "tagging")
+        self.task: TaskSpec = task_of(kind) if is_plain else kind_task(cast("TaskKind", kind))
+        draw: Any = examples_of if is_plain else kind_examples
         self.train: EncodedSplit
         self.dev: EncodedSplit
         self.train, self.dev = (
-            encode_for(folder, examples_of(kind, count, seed=count), self.task) for count in rows
+            encode_for(folder, draw(kind, count, seed=count), self.task) for count in rows
         )
         self.backbone: Backbone = open_backbone(folder)
 
@@ -92,13 +97,36 @@ class Bench:
 
 def weights(model: PromptedModel, slot: int = 0) -> dict[str, Tensor]:
     """Return copies of a slot's trained tensors, named as in slot 0."""
-    own = (f"bank.slots.{slot}.", f"heads.{slot}.")
-    names = ("bank.slots.0.", "heads.0.")
+    own = {f"bank.slots.{slot}.": "bank.slots.0.", f"heads.{slot}.": "heads.0."}
     copies = {}
     for name, parameter in model.trainable(slot):
-        prefix = next(prefix for prefix in own if name.startswith(prefix))
-        copies[names[own.index(prefix)] + name.removeprefix(prefix)] = parameter.detach().clone()
+        prefix = next((prefix for prefix in own if name.startswith(prefix)), "")
+        known_as = own.get(prefix, "") + name.removeprefix(prefix)
+        copies[known_as] = parameter.detach().clone()
     return copies
+
+
+def save_trained(
+    folder: Path, model: PromptedModel, bench: Bench, config: TrainConfig, *, max_length: int = 32
+) -> Path:
+    """Save slot 0 as an artifact, without golden inputs; returns `folder`."""
+    save_artifact(
+        folder,
+        Weights.of(model),
+        task=bench.task,
+        method=config.method,
+        prompt=config.prompt,
+        head=resolve_head(config.head, bench.backbone),
+        backbone=bench.backbone.spec.to_mapping(),
+        tokenizer_digest=locate(str(bench.folder)).tokenizer_digest(),
+        encoding={"max_length": max_length},
+        decoding={},
+        training=config.to_mapping(),
+        provenance={},
+        metrics={},
+        golden=[],
+    )
+    return folder
 
 
 def backward(total: Tensor) -> None:

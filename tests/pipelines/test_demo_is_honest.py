@@ -9,7 +9,9 @@ import torch
 from pipelines.sources import demo
 from ptv2_core.config import TrainConfig
 from ptv2_core.data.encoding import EncodedSplit, encode_examples
-from ptv2_core.data.examples import Fields, Record, collect_labels, parse_records
+from ptv2_core.data.examples import Record, collect_labels
+from ptv2_core.data.fields import Fields
+from ptv2_core.data.parsing import parse_records
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.model.backbones.loading import load_backbone
@@ -48,7 +50,7 @@ def encoded(name: str) -> tuple[TaskSpec, list[EncodedSplit]]:
     )
     tokenizer = load_tokenizer(locate(BACKBONE))
     return task, [
-        encode_examples(splits[split], tokenizer, labels=labels, max_length=128)[0]
+        encode_examples(splits[split], tokenizer, task=task, max_length=128)[0]
         for split in ("train", "dev", "test")
     ]
 

@@ -3,8 +3,9 @@
 Letters: B rows, T tokens, H hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.backbones.packing import PackedLinear
 from ptv2_core.model.prompts import PromptShape
 
 PooledReading = Literal["cls", "pooler", "mean"]
@@ -70,11 +73,14 @@ class Encoded:
         hidden: `[B, T, H]`, the last layer's states.
         pooled: `[B, H]` from the backbone's own pooler; None where it has none.
         token_mask: `[B, T]`, true at real tokens.
+        masked: `[B, H]`, of each row's mask token, after the transform of the backbone's language
+            model; None where it was not asked for.
     """
 
     hidden: Tensor
     pooled: Tensor | None
     token_mask: Tensor
+    masked: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Encoded":
         """Return the rows that `index` names."""
@@ -82,6 +88,7 @@ class Encoded:
             hidden=self.hidden[index],
             pooled=None if self.pooled is None else self.pooled[index],
             token_mask=self.token_mask[index],
+            masked=None if self.masked is None else self.masked[index],
         )
 
     def part(self, start: int, rows: int, width: int) -> "Encoded":
@@ -91,14 +98,25 @@ class Encoded:
             hidden=self.hidden[chosen, :width],
             pooled=None if self.pooled is None else self.pooled[chosen],
             token_mask=self.token_mask[chosen, :width],
+            masked=None if self.masked is None else self.masked[chosen],
         )
 
 
 class Layers(Protocol):
     """How the layers of one architecture are run; a small file each."""
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Tensor:
-        """Return what the lowest layer reads, `[B, T, H]`."""
+    def embed(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        positions: Tensor,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the lowest layer reads, `[B, T, H]`; longer by `inputs` `[P, H]`."""
+        ...
+
+    def word_embeddings(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens, `[..., H]` for `[...]`."""
         ...
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
@@ -127,30 +145,88 @@ class Trunk:
     num_layers: int
 
 
+class LanguageModel(Protocol):
+    """The language model's head of a backbone, frozen."""
+
+    def transform(self, states: Tensor) -> Tensor:
+        """Return the states `[..., H]` that words are compared with."""
+        ...
+
+    def word_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight `[C, H]` and bias `[C]` of some words, in fp32."""
+        ...
+
+    def pieces(self, word: str) -> list[int]:
+        """Return the token ids of a word inside a sentence; none if a piece is unknown."""
+        ...
+
+
 class Backbone(nn.Module):
-    """A frozen transformer that takes prompts."""
+    """A transformer that takes prompts, frozen but in fine-tuning.
+
+    Attributes:
+        model: The Transformers model.
+        spec: Who it is.
+        language_model: Its language model's head; None where it was not loaded.
+        is_tuned: Whether its own weights are trained.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         spec: BackboneSpec,
-        layers: Layers,
+        make_layers: Callable[[nn.Module], Layers],
         *,
         first_position: int,
+        language_model: LanguageModel | None = None,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
         """Wrap a loaded model.
 
         Args:
             model: The Transformers model, already on its device and in its precision.
             spec: Who it is.
-            layers: How it is run.
+            make_layers: How it is run.
             first_position: The position of a row's first token; not 0 in the RoBERTa family.
+            language_model: For heads that read the mask token.
+            product_dtype: In which a copy that is tuned computes its products, while its weights
+                stay in fp32; None: in that of the weights.
         """
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
-        self._layers = layers
+        self.language_model = language_model
+        self.is_tuned = False
+        self._make_layers = make_layers
+        self._layers = make_layers(model)
         self._first_position = first_position
+        self._product_dtype = product_dtype
+
+    def tunable_copy(self) -> "Backbone":
+        """Return a copy whose own weights can be trained; this one stays as it is.
+
+        The head of the language model stays frozen, and both use it.
+
+        Raises:
+            BackboneError: The weights were loaded for products alone, not in fp32.
+        """
+        if self.dtype != torch.float32 or any(
+            isinstance(module, PackedLinear) for module in self.modules()
+        ):
+            raise BackboneError(
+                f"{self.spec.name}: fine-tuning needs the weights in fp32, unpacked; load the "
+                "backbone with precision fp32 and packs=False"
+            )
+        copied = Backbone(
+            copy.deepcopy(self.model),
+            self.spec,
+            self._make_layers,
+            first_position=self._first_position,
+            language_model=self.language_model,
+            product_dtype=self._product_dtype,
+        )
+        copied.is_tuned = True
+        return copied
 
     @property
     def device(self) -> torch.device:
@@ -159,8 +235,13 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format of the frozen weights."""
+        """The number format of the weights."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        """The number format of what attention sees."""
+        return self._product_dtype or self.dtype if self.is_tuned else self.dtype
 
     @property
     def position_limit(self) -> int:
@@ -193,8 +274,10 @@ class Backbone(nn.Module):
         *,
         shifts: Tensor,
         prompts: PromptBatch,
+        inputs: Tensor | None = None,
         trunk: Trunk | None = None,
         first_token_only: bool = False,
+        read_at: Tensor | None = None,
         recompute: bool = False,
     ) -> Encoded:
         """Run the backbone.
@@ -204,15 +287,58 @@ class Backbone(nn.Module):
             token_mask: `[B, T]`, true at real tokens.
             token_type_ids: `[B, T]` or None.
             shifts: `[B or 1]`, added to the row's token positions.
-            prompts: Keys, values and masks for every layer.
+            prompts: Keys, values and masks for every layer; with `inputs`, masks of `P + T`.
+            inputs: `[P, H]`, word embeddings that stand before the tokens.
             trunk: Where to begin; None begins at the tokens.
             first_token_only: Whether the last layer computes the first token alone.
+            read_at: `[B]`, the mask token of each row, where a head reads it.
             recompute: Whether a layer's activations are computed again in the backward pass
                 instead of kept.
         """
         below = prompts.layers[: trunk.num_layers] if trunk else ()
         assert all(prompt is None for prompt in below), "a trunk ends below the first prompt"
-        hidden = self._embed(input_ids, token_type_ids, shifts) if trunk is None else trunk.hidden
+        with self._products():
+            hidden = self._run(
+                input_ids, token_type_ids, shifts, prompts, inputs, trunk, first_token_only,
+                recompute,
+            )  # fmt: skip
+            if inputs is not None:
+                hidden = hidden[:, len(inputs) :]
+            pooled = self._layers.pool(hidden)
+            masked = None
+            if read_at is not None:
+                assert self.language_model is not None, "a head that reads the mask asked for it"
+                rows = torch.arange(len(read_at), device=hidden.device)
+                masked = self.language_model.transform(hidden[rows, read_at]).float()
+        return Encoded(
+            hidden=hidden.float(),
+            pooled=None if pooled is None else pooled.float(),
+            token_mask=token_mask,
+            masked=masked,
+        )
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """Compute the products of a copy that is tuned in its own format."""
+        if not self.is_tuned or self._product_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._product_dtype)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        shifts: Tensor,
+        prompts: PromptBatch,
+        inputs: Tensor | None,
+        trunk: Trunk | None,
+        first_token_only: bool,
+        recompute: bool,
+    ) -> Tensor:
+        """Return the last layer's states `[B, T, H]`, or `[B, P + T, H]` with `inputs`."""
+        if trunk is not None:
+            hidden = trunk.hidden
+        else:
+            hidden = self._embed(input_ids, token_type_ids, shifts, inputs)
         last = self.spec.shape.num_layers - 1
         for index in range(trunk.num_layers if trunk else 0, last + 1):
             only_first = first_token_only and index == last
@@ -222,12 +348,11 @@ class Backbone(nn.Module):
                 hidden = checkpoint(run, index, hidden, prompts, use_reentrant=False)
             else:
                 hidden = run(index, hidden, prompts)
-        pooled = self._layers.pool(hidden)
-        return Encoded(
-            hidden=hidden.float(),
-            pooled=None if pooled is None else pooled.float(),
-            token_mask=token_mask,
-        )
+        return hidden
+
+    def word_embeddings(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens in fp32, `[..., H]` for `[...]`."""
+        return self._layers.word_embeddings(input_ids).float()
 
     @torch.no_grad()
     def trunk(
@@ -253,9 +378,19 @@ class Backbone(nn.Module):
             hidden = self._layers.layer(index, hidden, bare)
         return Trunk(hidden=hidden, num_layers=num_layers)
 
-    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None, shifts: Tensor) -> Tensor:
+    def _embed(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        shifts: Tensor,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        positions = places[None, :] + shifts[:, None] + self._first_position  # [B or 1, T]
+        positions = places[None, :] + shifts[:, None]  # [B or 1, T]
+        if inputs is not None:
+            before = torch.arange(len(inputs), device=input_ids.device)
+            positions = torch.cat([before.expand(len(positions), -1), positions], dim=1)
+        positions = positions + self._first_position
         # only padding can pass the end: a long row beside one with a long prompt
         positions = positions.clamp(max=self.spec.max_positions - 1)
-        return self._layers.embed(input_ids, token_type_ids, positions)
+        return self._layers.embed(input_ids, token_type_ids, positions, inputs)

@@ -8,6 +8,7 @@ Letters: B rows, T tokens, H hidden size, N heads, D head size.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptv2_core.model.attention import PromptBatch, prompted_attention
@@ -29,20 +30,38 @@ class BertFamily:
         """Run `model`, whose configuration names our attention function."""
         self._model: Any = model
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Tensor:
-        """Return what the lowest layer reads, `[B, T, H]`.
+    def embed(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        positions: Tensor,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the lowest layer reads, `[B, T, H]`, or `[B, P + T, H]` with `inputs`.
 
         Args:
             input_ids: `[B, T]`.
             token_type_ids: `[B, T]` or None.
-            positions: `[B or 1, T]`.
+            positions: `[B or 1, T]`, or `[B or 1, P + T]`.
+            inputs: `[P, H]`, word embeddings that stand before those of the tokens.
         """
         model = self._model
-        hidden: Tensor = model.embeddings(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=positions,
-        )
+        if inputs is None:
+            hidden: Tensor = model.embeddings(
+                input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions
+            )
+        else:
+            rows, length = len(input_ids), len(inputs)
+            words = model.embeddings.word_embeddings(input_ids)
+            before = inputs.to(words.dtype).expand(rows, -1, -1)
+            types = token_type_ids
+            if types is not None:
+                types = torch.cat([types.new_zeros(rows, length), types], dim=1)
+            hidden = model.embeddings(
+                inputs_embeds=torch.cat([before, words], dim=1),
+                token_type_ids=types,
+                position_ids=positions,
+            )
         if hasattr(model, "embeddings_project"):
             hidden = model.embeddings_project(hidden)
         return hidden
@@ -78,6 +97,11 @@ class BertFamily:
         attended = layer.attention.output(context.flatten(2), first)  # [B, 1, N, D] -> [B, 1, H]
         output: Tensor = layer.feed_forward_chunk(attended)
         return output
+
+    def word_embeddings(self, input_ids: Tensor) -> Tensor:
+        """Return the frozen embeddings of tokens, `[..., H]` for `[...]`."""
+        found: Tensor = self._model.embeddings.word_embeddings(input_ids)
+        return found
 
     def pool(self, hidden: Tensor) -> Tensor | None:
         """Return the backbone's own pooled states `[B, H]`, where it has a pooler."""

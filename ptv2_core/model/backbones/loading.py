@@ -16,6 +16,7 @@ from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import ATTENTION_NAME, register_attention
 from ptv2_core.model.backbones import interface
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
+from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
 from ptv2_core.model.prompts import PromptShape
@@ -86,6 +87,8 @@ def load_backbone(
     precision: Precision = "auto",
     device: Device = "auto",
     packs: bool = True,
+    tunable: bool = False,
+    language_model: bool = False,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -96,6 +99,9 @@ def load_backbone(
         precision: Number format of the frozen weights.
         device: Where to put them.
         packs: Whether linear layers may be packed (bf16 on a CPU): faster, the same products.
+        tunable: Whether copies of it will be trained: the weights stay in fp32, and `precision`
+            is that of a copy's products.
+        language_model: Whether a head will read the mask token.
 
     Raises:
         BackboneError: It is not there, unsupported, damaged or not the expected one.
@@ -112,7 +118,9 @@ def load_backbone(
     names = _tensor_names(location)
     has_pooler = _has_pooler(names)
     chosen = choose_device(device)
-    model = _load_model(location, config, choose_precision(precision, chosen), has_pooler)
+    products = choose_precision(precision, chosen)
+    dtype = torch.float32 if tunable else products
+    model = _load_model(location, config, dtype, has_pooler)
     spec = BackboneSpec(
         name=location.name,
         revision=location.revision,
@@ -133,7 +141,15 @@ def load_backbone(
     model = model.to(chosen)
     if packs and chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         pack(model)
-    return Backbone(model, spec, interface.BertFamily(model), first_position=first)
+    words = load_language_model(location, config, dtype, chosen) if language_model else None
+    return Backbone(
+        model,
+        spec,
+        interface.BertFamily,
+        first_position=first,
+        language_model=words,
+        product_dtype=products if tunable and products != dtype else None,
+    )
 
 
 def _config(location: Location) -> Any:

@@ -1,0 +1,222 @@
+"""The work of a comparison: one search for each task and method, one training for each seed.
+
+A job is a function of plain values, so that it can run in a process of its own. What it finds is a
+file; a job whose file is there is not run again.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ptv2_core
+from pipelines.compare_data import Items, Row, Trial
+from pipelines.compare_items import items_of
+from pipelines.extra_settings import CompareSettings
+from pipelines.paths import TaskPaths, alone
+from pipelines.schema import SearchSettings
+from pipelines.settings import TaskSettings
+from pipelines.stages.lanes import end_with_parent, one_by_one
+from pipelines.stages.prepare import Prepared
+from pipelines.stages.search import baseline, check_space, study_name
+from pipelines.stages.training import backbone_for, overlay, start_training, trunk_cache
+from pipelines.study import Study, reachable
+from ptv2_core.artifact import Weights
+from ptv2_core.config import Method, TrainConfig
+from ptv2_core.evaluation.scoring import evaluate_model
+from ptv2_core.files import source_digest, write_json_atomic
+from ptv2_core.machine import peak_memory_bytes
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A task and a method.
+
+    Attributes:
+        settings: Of the task, with what the method changes and its search laid over them.
+        paths: Where its data and the comparison's own files are.
+        method: Which.
+    """
+
+    settings: TaskSettings
+    paths: TaskPaths
+    method: Method
+
+    @property
+    def folder(self) -> Path:
+        """Where what the jobs find is kept."""
+        return self.paths.root / ".ptv2" / "compare" / self.settings.name
+
+
+def cell_of(
+    settings: TaskSettings, paths: TaskPaths, compare: CompareSettings, method: Method
+) -> Cell:
+    """Return the settings of a task under a method.
+
+    Raises:
+        ConfigError: What the method changes does not fit the settings of `train`.
+    """
+    changes: Mapping[str, Any] = getattr(compare.train, method)
+    train = overlay(settings.train, {"method": method, "init_from": None, **changes})
+    search = settings.search.model_copy(
+        update={
+            "n_trials": compare.n_trials,
+            "parallel": 1,
+            "space": getattr(compare.space, method),
+            "first": _first(settings.search, method),
+            "screen": None,
+        }
+    )
+    own = replace(settings, train=train, search=search)
+    return Cell(settings=replace(own, search=reachable(search, train)), paths=paths, method=method)
+
+
+def _first(search: SearchSettings, method: Method) -> tuple[Any, ...]:
+    """Return the first trials of a task's own search, which are settings for ptv2."""
+    return search.first if method == "ptv2" else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        changes: The best trial's settings, to lay over `train`.
+        trials: All of them.
+    """
+
+    changes: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+
+
+def search(cell: Cell, threads: int) -> Found:
+    """Search a cell; goes on with a search that was killed.
+
+    Raises:
+        PTv2Error: As the stage `search`.
+    """
+    _begin(threads)
+    settings, paths = cell.settings, cell.paths
+    prepared = Prepared.load(paths.prepared)
+    if settings.search.n_trials == 0:
+        return Found(changes={}, trials=())
+    backbone = backbone_for(settings, prepared)
+    check_space(settings, backbone, prepared)
+    study = Study(
+        database=cell.folder / f"{cell.method}.db",
+        name=study_name(settings, prepared, backbone),
+        search=settings.search,
+        baseline=baseline(settings),
+    )
+    if len(study.finished()) < settings.search.n_trials:
+        study.run(one_by_one(settings, paths, prepared, backbone), lambda trial, done: None)
+    trials = tuple(
+        Trial(
+            task=settings.name,
+            method=cell.method,
+            number=trial.number,
+            value=trial.value,
+            settings=trial.params,
+            state=trial.state,
+        )
+        for trial in study.finished()
+    )
+    return Found(changes=study.outcome().best.changes, trials=trials)
+
+
+def train(cell: Cell, changes: Mapping[str, Any], seed: int, threads: int) -> Row:
+    """Train a cell with one seed and score it; a run that was finished before is read back.
+
+    Raises:
+        PTv2Error: As the stages `train` and `evaluate`.
+    """
+    _begin(threads)
+    settings, paths = cell.settings, cell.paths
+    prepared = Prepared.load(paths.prepared)
+    config = overlay(settings.train, {**changes, "seed": seed})
+    backbone = backbone_for(settings, prepared)
+    key = _key([
+        config.to_mapping(),
+        prepared.digests,
+        [prepared.max_length, prepared.stride, prepared.tokenizer_digest],
+        [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
+        source_digest(Path(ptv2_core.__file__).parent),
+    ])  # fmt: skip
+    file = cell.folder / f"{cell.method}-{seed}-{key}.json"
+    with alone(file.with_suffix(".lock"), "run of this comparison"):
+        if file.is_file():
+            return read_row(file)
+        model, reports = start_training(
+            backbone, prepared, config, trunk=trunk_cache(settings, paths)
+        )
+        for report in reports:
+            history = report.history
+        dev = evaluate_model(
+            model, prepared.splits["dev"], prepared.task, token_budget=config.token_budget
+        )
+        test = evaluate_model(
+            model,
+            prepared.splits["test"],
+            prepared.task,
+            token_budget=config.token_budget,
+            decoding=dev.decoding,
+        )
+        weights = Weights.of(model)
+        row = Row(
+            task=settings.name,
+            method=cell.method,
+            seed=seed,
+            metric=prepared.task.metric,
+            dev=dev.score,
+            test=test.score,
+            tuned_share=weights.num_tuned / backbone.spec.num_parameters,
+            tuned_parameters=weights.num_tuned,
+            artifact_bytes=FLOAT_BYTES * sum(t.numel() for t in weights.named().values()),
+            seconds=history[-1].seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            settings=shown_settings(config),
+            history=tuple((one.epoch, one.train_loss, one.dev_score) for one in history),
+            test_metrics=test.metrics,
+            items=items_of(test.predictions, prepared.splits["test"], prepared.task),
+        )
+        write_json_atomic(file, asdict(row))
+    return row
+
+
+def read_row(file: Path) -> Row:
+    """Return the row that `train` wrote."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["history"] = tuple(tuple(one) for one in values["history"])
+    values["items"] = Items(**values["items"])
+    return Row(**values)
+
+
+def shown_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that matter to a method, by the names of a search."""
+    prompt = config.prompt
+    length = {"prompt_length": prompt.length, "prompt_dropout": prompt.dropout}
+    deep = {"prompt_layers": prompt.layers, "reparameterization": prompt.reparameterization}
+    own: dict[Method, dict[str, Any]] = {
+        "ptv2": {**length, **deep},
+        "prompt_tuning": length,
+    }
+    shared = {"learning_rate": config.learning_rate, "epochs": config.epochs}
+    return {**own.get(config.method, {}), **shared}
+
+
+def _key(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _begin(threads: int) -> None:
+    """Make this process one of a comparison: so many threads, and an end when it ends."""
+    torch.set_num_threads(threads)
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
