@@ -7,7 +7,7 @@ file; a job whose file is there is not run again.
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,22 @@ from pipelines.settings import TaskSettings
 from pipelines.stages.lanes import end_with_parent, one_by_one
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import baseline, check_space, study_name
-from pipelines.stages.training import backbone_for, overlay, start_training, trunk_cache
+from pipelines.stages.training import (
+    backbone_for,
+    backbone_identity,
+    overlay,
+    start_training,
+    trunk_cache,
+)
 from pipelines.study import Study, reachable
 from ptv2_core.artifact import Weights
 from ptv2_core.config import Method, TrainConfig
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.files import source_digest, write_json_atomic
 from ptv2_core.machine import peak_memory_bytes
+from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.prompted import PromptedModel
+from ptv2_core.training.records import EpochRecord
 
 FLOAT_BYTES = 4
 
@@ -96,6 +105,15 @@ class Found:
     trials: tuple[Trial, ...]
 
 
+def finished_search(cell: Cell) -> Found | None:
+    """Return what a search found that has all its trials; None where it has not."""
+    settings = cell.settings
+    if settings.search.n_trials == 0:
+        return Found(changes={}, trials=())
+    study = _study(cell, Prepared.load(cell.paths.prepared))
+    return _found(cell, study) if len(study.finished()) >= settings.search.n_trials else None
+
+
 def search(cell: Cell, threads: int) -> Found:
     """Search a cell; goes on with a search that was killed.
 
@@ -105,21 +123,27 @@ def search(cell: Cell, threads: int) -> Found:
     _begin(threads)
     settings, paths = cell.settings, cell.paths
     prepared = Prepared.load(paths.prepared)
-    if settings.search.n_trials == 0:
-        return Found(changes={}, trials=())
     backbone = backbone_for(settings, prepared)
     check_space(settings, backbone, prepared)
-    study = Study(
+    study = _study(cell, prepared)
+    study.run(one_by_one(settings, paths, prepared, backbone), lambda trial, done: None)
+    return _found(cell, study)
+
+
+def _study(cell: Cell, prepared: Prepared) -> Study:
+    settings = cell.settings
+    return Study(
         database=cell.folder / f"{cell.method}.db",
-        name=study_name(settings, prepared, backbone),
+        name=study_name(settings, prepared, backbone_identity(settings)),
         search=settings.search,
         baseline=baseline(settings),
     )
-    if len(study.finished()) < settings.search.n_trials:
-        study.run(one_by_one(settings, paths, prepared, backbone), lambda trial, done: None)
+
+
+def _found(cell: Cell, study: Study) -> Found:
     trials = tuple(
         Trial(
-            task=settings.name,
+            task=cell.settings.name,
             method=cell.method,
             number=trial.number,
             value=trial.value,
@@ -131,63 +155,83 @@ def search(cell: Cell, threads: int) -> Found:
     return Found(changes=study.outcome().best.changes, trials=trials)
 
 
+def finished_row(cell: Cell, changes: Mapping[str, Any], seed: int) -> Row | None:
+    """Return the row of a run that was finished before; None where there is none."""
+    prepared = Prepared.load(cell.paths.prepared)
+    file = _row_file(cell, prepared, _config(cell, changes, seed))
+    return read_row(file) if file.is_file() else None
+
+
 def train(cell: Cell, changes: Mapping[str, Any], seed: int, threads: int) -> Row:
-    """Train a cell with one seed and score it; a run that was finished before is read back.
+    """Train a cell with one seed, score it, and keep the row.
 
     Raises:
-        PTv2Error: As the stages `train` and `evaluate`.
+        PTv2Error: As the stages `train` and `evaluate`; or another process does the same.
     """
     _begin(threads)
     settings, paths = cell.settings, cell.paths
     prepared = Prepared.load(paths.prepared)
-    config = overlay(settings.train, {**changes, "seed": seed})
-    backbone = backbone_for(settings, prepared)
-    key = _key([
-        config.to_mapping(),
-        prepared.digests,
-        [prepared.max_length, prepared.stride, prepared.tokenizer_digest],
-        [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
-        source_digest(Path(ptv2_core.__file__).parent),
-    ])  # fmt: skip
-    file = cell.folder / f"{cell.method}-{seed}-{key}.json"
+    config = _config(cell, changes, seed)
+    file = _row_file(cell, prepared, config)
     with alone(file.with_suffix(".lock"), "run of this comparison"):
-        if file.is_file():
-            return read_row(file)
-        model, reports = start_training(
-            backbone, prepared, config, trunk=trunk_cache(settings, paths)
-        )
+        backbone = backbone_for(settings, prepared)
+        trunk = trunk_cache(settings, paths)
+        model, reports = start_training(backbone, prepared, config, trunk=trunk)
         for report in reports:
             history = report.history
-        dev = evaluate_model(
-            model, prepared.splits["dev"], prepared.task, token_budget=config.token_budget
-        )
-        test = evaluate_model(
-            model,
-            prepared.splits["test"],
-            prepared.task,
-            token_budget=config.token_budget,
-            decoding=dev.decoding,
-        )
-        weights = Weights.of(model)
-        row = Row(
-            task=settings.name,
-            method=cell.method,
-            seed=seed,
-            metric=prepared.task.metric,
-            dev=dev.score,
-            test=test.score,
-            tuned_share=weights.num_tuned / backbone.spec.num_parameters,
-            tuned_parameters=weights.num_tuned,
-            artifact_bytes=FLOAT_BYTES * sum(t.numel() for t in weights.named().values()),
-            seconds=history[-1].seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-            settings=shown_settings(config),
-            history=tuple((one.epoch, one.train_loss, one.dev_score) for one in history),
-            test_metrics=test.metrics,
-            items=items_of(test.predictions, prepared.splits["test"], prepared.task),
-        )
+        row = _row(cell, prepared, backbone, model, config, history)
         write_json_atomic(file, asdict(row))
     return row
+
+
+def _config(cell: Cell, changes: Mapping[str, Any], seed: int) -> TrainConfig:
+    return overlay(cell.settings.train, {**changes, "seed": seed})
+
+
+def _row_file(cell: Cell, prepared: Prepared, config: TrainConfig) -> Path:
+    """Return where a row is kept: its name changes with everything it depends on."""
+    key = _key(
+        [
+            config.to_mapping(),
+            prepared.digests,
+            [prepared.max_length, prepared.stride, prepared.tokenizer_digest],
+            backbone_identity(cell.settings),
+            source_digest(Path(ptv2_core.__file__).parent),
+        ]
+    )
+    return cell.folder / f"{cell.method}-{config.seed}-{key}.json"
+
+
+def _row(
+    cell: Cell,
+    prepared: Prepared,
+    backbone: Backbone,
+    model: PromptedModel,
+    config: TrainConfig,
+    history: Sequence[EpochRecord],
+) -> Row:
+    """Score a trained model on dev, then once on test."""
+    task, splits, budget = prepared.task, prepared.splits, config.token_budget
+    dev = evaluate_model(model, splits["dev"], task, token_budget=budget)
+    test = evaluate_model(model, splits["test"], task, token_budget=budget, decoding=dev.decoding)
+    weights = Weights.of(model)
+    return Row(
+        task=cell.settings.name,
+        method=cell.method,
+        seed=config.seed,
+        metric=task.metric,
+        dev=dev.score,
+        test=test.score,
+        tuned_share=weights.num_tuned / backbone.spec.num_parameters,
+        tuned_parameters=weights.num_tuned,
+        artifact_bytes=FLOAT_BYTES * sum(t.numel() for t in weights.named().values()),
+        seconds=history[-1].seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        settings=shown_settings(config),
+        history=tuple((one.epoch, one.train_loss, one.dev_score) for one in history),
+        test_metrics=test.metrics,
+        items=items_of(test.predictions, splits["test"], task),
+    )
 
 
 def read_row(file: Path) -> Row:

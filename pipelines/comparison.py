@@ -4,13 +4,10 @@ The jobs run in processes side by side. Each is kept as it ends, so that a compa
 stopped goes on, and one that is asked for more runs only that.
 """
 
-import multiprocessing
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,14 +23,13 @@ from pipelines.compare_stats import Summary, summarise
 from pipelines.dag import git_commit
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import CompareSettings
+from pipelines.jobs import Submit, side_by_side
 from pipelines.paths import TaskPaths
 from pipelines.settings import Settings
 from pipelines.stages import Progress, silent
-from pipelines.stages.lanes import deaf_to_interrupts
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for
 from pipelines.threads import available_cores, chosen_threads
-from ptv2_core.config import Method
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import PTv2Error
 from ptv2_core.files import write_json_atomic, write_text_atomic
@@ -74,13 +70,13 @@ def run(
         PTv2Error: A job's settings or data are wrong, or its process is gone; all that ended
             before is kept.
     """
-    cells = {
-        (task, method): compare_jobs.cell_of(
+    cells = [
+        compare_jobs.cell_of(
             settings.task(task), TaskPaths(root=settings.root, task=task), compare, method
         )
         for task in tasks
         for method in compare.methods
-    }
+    ]
     for task in tasks:  # data that is missing is told before anything is trained
         Prepared.load(TaskPaths(root=settings.root, task=task).prepared)
     rows, trials = _run_jobs(cells, compare, progress)
@@ -99,77 +95,84 @@ def write(comparison: Comparison, summary: Summary, folder: Path) -> None:
     write_json_atomic(folder / "compare.json", to_json(comparison, summary))
 
 
+class _Work:
+    """The jobs of a comparison: what is done, what runs, what waits."""
+
+    def __init__(
+        self, compare: CompareSettings, submit: Submit, threads: int, progress: Progress, total: int
+    ) -> None:
+        self.rows: list[Row] = []
+        self.trials: list[Trial] = []
+        self.running: dict[Future[Any], tuple[str, compare_jobs.Cell]] = {}
+        self._compare, self._submit, self._threads = compare, submit, threads
+        self._progress, self._done, self._total = progress, 0, total
+
+    def open(self, cell: compare_jobs.Cell) -> None:
+        """Begin a cell with its search, or with its trainings where it has been searched."""
+        found = compare_jobs.finished_search(cell)
+        if found is not None:
+            self._searched(cell, found)
+            return
+        job = self._submit(compare_jobs.search, cell, self._threads)
+        self.running[job] = (f"search {cell.settings.name} {cell.method}", cell)
+
+    def take(self, future: Future[Any]) -> None:
+        """Take what a job found, and start what needs it."""
+        what, cell = self.running.pop(future)
+        result = _result(future, what)
+        if isinstance(result, Row):
+            self._trained(result)
+        else:
+            self._searched(cell, result)
+
+    def _searched(self, cell: compare_jobs.Cell, found: compare_jobs.Found) -> None:
+        self.trials += found.trials
+        self._tell(f"{cell.settings.name} {cell.method} searched")
+        for seed in self._compare.seeds:
+            row = compare_jobs.finished_row(cell, found.changes, seed)
+            if row is not None:
+                self._trained(row)
+                continue
+            job = self._submit(compare_jobs.train, cell, found.changes, seed, self._threads)
+            self.running[job] = (f"{cell.settings.name} {cell.method}, seed {seed}", cell)
+
+    def _trained(self, row: Row) -> None:
+        self.rows.append(row)
+        self._tell(
+            f"{row.task} {row.method}, seed {row.seed}: test {row.metric} {row.test:.4f}, "
+            f"{row.seconds:.0f} s"
+        )
+
+    def _tell(self, what: str) -> None:
+        self._done += 1
+        self._progress(what, self._done, self._total)
+
+
 def _run_jobs(
-    cells: Mapping[tuple[str, Method], compare_jobs.Cell],
-    compare: CompareSettings,
-    progress: Progress,
+    cells: Sequence[compare_jobs.Cell], compare: CompareSettings, progress: Progress
 ) -> tuple[list[Row], list[Trial]]:
     """Search every cell, then train it with every seed; as many at once as `parallel`."""
     workers = min(compare.parallel, len(cells) * len(compare.seeds))
     threads = chosen_threads(workers)
-    rows: list[Row] = []
-    trials: list[Trial] = []
-    total = len(cells) * (1 + len(compare.seeds))
-    done = 0
-    waiting = deque(cells.items())
-    running: dict[Future[Any], tuple[str, compare_jobs.Cell]] = {}
-    with _pool(workers) as submit:
-        while waiting or running:
+    waiting = deque(cells)
+    with side_by_side(workers) as submit:
+        total = len(cells) * (1 + len(compare.seeds))
+        work = _Work(compare, submit, threads, progress, total)
+        while waiting or work.running:
             # a cell's trainings come before the next search: what is stopped has whole cells
-            while waiting and len(running) < workers:
-                (task, method), cell = waiting.popleft()
-                job = submit(compare_jobs.search, cell, threads)
-                running[job] = (f"search {task} {method}", cell)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                what, cell = running.pop(future)
-                result = _result(future, what)
-                done += 1
-                if isinstance(result, Row):
-                    rows.append(result)
-                    what += f": test {result.metric} {result.test:.4f}, {result.seconds:.0f} s"
-                else:
-                    trials += result.trials
-                    for seed in compare.seeds:
-                        name = f"{cell.settings.name} {cell.method}, seed {seed}"
-                        job = submit(compare_jobs.train, cell, result.changes, seed, threads)
-                        running[job] = (name, cell)
-                progress(what, done, total)
-    return rows, trials
+            while waiting and len(work.running) < workers:
+                work.open(waiting.popleft())
+            if work.running:
+                for future in wait(work.running, return_when=FIRST_COMPLETED).done:
+                    work.take(future)
+    return work.rows, work.trials
 
 
 def _result(future: Future[Any], what: str) -> Any:
     try:
         return future.result()
-    except BrokenProcessPool as error:
-        raise PipelineError(
-            f"{what}: its process ended by itself (most often too little memory: lower "
-            "compare.parallel or train.token_budget); what ended before is kept, and the same "
-            "command goes on"
-        ) from error
     except PTv2Error as error:
         raise PipelineError(f"{what}: {error}") from error
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Future[Any]]]:
-    """Yield what submits jobs to processes, each to a fresh one, so that its memory is its own."""
-    # a process for each job; Ctrl-C reaches this process alone, which ends them
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
-
-    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        with deaf_to_interrupts():
-            return pool.submit(function, *arguments)
-
-    try:
-        yield submit
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
-        raise
-    pool.shutdown()
 
 
 def _comparison(
@@ -182,14 +185,19 @@ def _comparison(
     prepared = {
         task: Prepared.load(TaskPaths(root=settings.root, task=task).prepared) for task in tasks
     }
+
+    def place(found: Row | Trial) -> tuple[int, int]:
+        """Jobs end in any order; a report has its own."""
+        return tasks.index(found.task), compare.methods.index(found.method)
+
     first = settings.task(tasks[0])
     backbone = backbone_for(first, prepared[tasks[0]], method="ptv2")
     return Comparison(
         methods=compare.methods,
         seeds=compare.seeds,
         tasks=tuple(_facts(settings, task, prepared[task]) for task in tasks),
-        rows=tuple(rows),
-        trials=tuple(trials),
+        rows=tuple(sorted(rows, key=lambda row: (*place(row), row.seed))),
+        trials=tuple(sorted(trials, key=lambda trial: (*place(trial), trial.number))),
         chosen_on="dev; test was scored once, after the choice",
         num_trials=dict.fromkeys(compare.methods, compare.n_trials),
         backbone=backbone.spec.name,

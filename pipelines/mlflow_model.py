@@ -42,9 +42,10 @@ class PromptModel(PythonModel):
             and `end`, the last two empty without an answer.
         """
         rows = [_as_input(row) for row in model_input.to_dict(orient="records")]
-        answers = pd.DataFrame([_as_row(answer) for answer in self.predictor.predict(rows)])
-        # a column with an empty cell would turn whole numbers into floats
-        return answers.astype(object) if "start" in answers else answers
+        answers = [_as_row(answer) for answer in self.predictor.predict(rows)]
+        # by itself, a column of places with an empty cell becomes one of floats
+        has_places = bool(answers) and "start" in answers[0]
+        return pd.DataFrame(answers, dtype=object if has_places else None)
 
 
 def _as_input(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,12 @@ from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
 from pipelines.stages.lanes import open_lanes
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.training import backbone_for, load_start, overlay
+from pipelines.stages.training import (
+    backbone_for,
+    backbone_identity,
+    load_start,
+    overlay,
+)
 from pipelines.study import Outcome, Study, Trial, reachable
 from pipelines.tables import csv_text
 from ptv2_core.errors import ConfigError
@@ -84,7 +89,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
     backbone = backbone_for(settings, prepared)
     check_space(settings, backbone, prepared)
     start = load_start(settings, prepared, paths, backbone)
-    name = study_name(settings, prepared, backbone, start)
+    name = study_name(settings, prepared, backbone_identity(settings), start)
     screen = _screen(settings, paths, prepared, backbone, name, progress)
     study = Study(
         database=paths.study,
@@ -220,11 +225,20 @@ def _run(
 
 
 def study_name(
-    settings: TaskSettings, prepared: Prepared, backbone: Backbone, start: Start | None = None
+    settings: TaskSettings,
+    prepared: Prepared,
+    backbone: Sequence[str],
+    start: Start | None = None,
 ) -> str:
     """Return a name that changes with everything a trial's score depends on.
 
     `n_trials` is left out, so that a search can be made longer.
+
+    Args:
+        settings: Of the task.
+        prepared: Its data.
+        backbone: As `backbone_identity` gives it.
+        start: What the trials begin from.
     """
     everything = {
         "search": {**settings.search.model_dump(mode="json"), "n_trials": None},
@@ -232,7 +246,7 @@ def study_name(
         "data": prepared.digests,
         "labels": prepared.task.labels,
         "encoding": [prepared.max_length, prepared.tokenizer_digest],
-        "backbone": [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
+        "backbone": list(backbone),
         "start": None if start is None else start.digest,
         # a trial of older code says nothing about this one
         "core": source_digest(Path(ptv2_core.__file__).parent),

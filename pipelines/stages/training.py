@@ -15,7 +15,7 @@ from ptv2_core.artifact import load_manifest, load_weights
 from ptv2_core.config import Device, HeadConfig, Method, TrainConfig
 from ptv2_core.errors import ConfigError, DataError
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.loading import choose_device, load_backbone
+from ptv2_core.model.backbones.loading import choose_device, choose_precision, load_backbone
 from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
@@ -63,6 +63,18 @@ def backbone_for(
         device=chosen.device,
         **backbone_needs(method or settings.train.method, head or settings.train.head),
     )
+
+
+def backbone_identity(settings: TaskSettings) -> tuple[str, str, str]:
+    """Return what of a backbone results depend on: digest, number format and kind of device.
+
+    Raises:
+        BackboneError: It is not there.
+    """
+    chosen = settings.backbone
+    device = choose_device(chosen.device)
+    dtype = choose_precision(chosen.precision, device)
+    return locate(chosen.name, chosen.revision).digest(), str(dtype), device.type
 
 
 class BackboneNeeds(TypedDict):

@@ -1,6 +1,7 @@
 """The artifact: what is in it, what it weighs, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptv2_core.artifact import FILES, Weights, load_manifest, load_weights
+from ptv2_core.config import HeadConfig
 from ptv2_core.errors import ArtifactError, BackboneError, DataError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
+from tests.core.training_parts import Bench, save_trained, settings
 from tests.tiny import tiny_artifact, tiny_backbone
 
 Folder = Callable[[str], Path]
@@ -103,13 +106,72 @@ def test_artifact_without_a_file_is_refused(artifact: Path, missing: str) -> Non
         (lambda m: m["prompt"].update(length=9), "expected tensors"),
         (lambda m: m["task"]["labels"].append("more"), "expected tensors"),
         (lambda m: m["prompt"].update(extra=1), "unknown key"),
+        (
+            lambda m: m.update(method="lora"),
+            "method: expected ptv2 | prompt_tuning | fine",
+        ),
+        (lambda m: m.update(method=None), "method must be a str, got NoneType"),
+        (lambda m: m.update(method="prompt_tuning"), r"expected tensors {'prompt': [4, 32]"),
+        (lambda m: m.update(method="probe"), r"expected tensors {'head.weight': [3, 32]"),
+        (lambda m: m.update(method="finetune"), r"expected tensors {'head.weight': [3, 32]"),
+        (lambda m: m.update(decoding=[]), "decoding must be a dict, got list"),
+        (lambda m: m["head"].update(label_words=["a"]), "head.label_words: expected null or a map"),
     ],
 )
 def test_artifact_with_a_wrong_manifest_is_refused(
     artifact: Path, edit: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     change(artifact, edit)
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        load_manifest(artifact)
+
+
+def test_artifact_of_before_there_were_methods_is_one_of_ptv2(artifact: Path) -> None:
+    def make_old(manifest: dict[str, Any]) -> None:
+        del manifest["method"], manifest["decoding"], manifest["task"]["template"]
+        del manifest["head"]["type"], manifest["head"]["label_words"]
+
+    change(artifact, make_old)
+    manifest = load_manifest(artifact)
+    assert (manifest.method, manifest.decoding) == ("ptv2", {})
+    assert manifest.head == HeadConfig(reads="cls")
+    assert load_weights(artifact, manifest).num_tuned == 768
+    Predictor.load(artifact, device="cpu", precision="fp32").verify_golden()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_artifact_of_a_fine_tuned_backbone_needs_all_of_its_weights(
+    tmp_path: Path, backbone_folder: Folder, others: bool
+) -> None:
+    bench = Bench(backbone_folder("bert"), rows=(12, 6))
+    config = settings(method="finetune", learning_rate=1e-3)
+    artifact = save_trained(tmp_path / "tuned", bench.model(config), bench, config)
+    file = artifact / "prompt.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    if others:
+        kept |= {n: t for n, t in tensors.items() if "position_embeddings" not in n}
+    save_file(kept, file)
+    change(artifact, lambda m: m.update(sha256=sha256_file(file)))
+    wanted = (
+        r"fine-tuned weights: expected those of .*; 1 differ, such as "
+        r"embeddings.position_embeddings.weight \(expected \[64, 32\], got None\)"
+        if others
+        else r"expected the weights of a fine-tuned backbone, got head.bias, head.weight"
+    )
+    with pytest.raises(ArtifactError, match=wanted):
+        Predictor.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["probe", "ptv2"])
+def test_artifact_with_a_backbone_that_its_method_does_not_train_is_refused(
+    tmp_path: Path, backbone_folder: Folder, method: str
+) -> None:
+    bench = Bench(backbone_folder("bert"), rows=(12, 6))
+    config = settings(method="finetune", learning_rate=1e-3)
+    artifact = save_trained(tmp_path / "tuned", bench.model(config), bench, config)
+    change(artifact, lambda m: m.update(method=method))
+    with pytest.raises(ArtifactError, match=r"expected tensors .*, got .*backbone\.embeddings"):
         load_manifest(artifact)
 
 

@@ -36,6 +36,18 @@ def test_config_survives_a_round_trip() -> None:
             "true or false, got 1",
         ),
         ({"prompt": 3}, "train.prompt", "expected a mapping"),
+        (
+            {"method": "lora"},
+            "train.method",
+            "expected ptv2 | prompt_tuning | finetune | probe, got 'lora'",
+        ),
+        ({"init_from": 3}, "train.init_from", "expected a text, got 3"),
+        ({"head": {"type": "mlp"}}, "train.head.type", "expected linear | verbalizer, got 'mlp'"),
+        (
+            {"head": {"label_words": {"yes": 1}}},
+            "train.head.label_words",
+            "expected null or a mapping of labels to words, got {'yes': 1}",
+        ),
         ({"lr": 1}, "train.lr", "unknown key; known: method, prompt, head, init_from"),
     ],
 )

@@ -58,6 +58,7 @@ TRIALS: list[dict[str, Any]] = [
         "warmup_fraction": 0.5,
     },
     {"prompt": {"length": 4, "start": "backbone"}, "gradient_checkpointing": True, "epochs": 1},
+    {"method": "probe", "head": {"dropout": 0.1}, "learning_rate": 5e-2, "batch_size": 20},
 ]
 
 
@@ -284,6 +285,19 @@ def test_stack_refuses_a_trial_whose_dropout_its_neighbours_would_share(
     with pytest.raises(ConfigError, match=r"train\.backbone_dropout: .* expected false"):
         stack.start(0, settings(backbone_dropout=True))
     assert not stack.lanes
+    stack.start(0, settings())
+    assert stack.lanes == (0,)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "finetune"])
+def test_stack_refuses_methods_that_cannot_share_a_forward(
+    backbone_folder: Folder, method: str
+) -> None:
+    stack = stack_of(Bench(backbone_folder("bert"), rows=(12, 6)))
+    with pytest.raises(ConfigError, match=rf"train\.method: trials of {method} cannot share"):
+        stack.start(0, settings(method=method, learning_rate=1e-3))
+    assert not stack.lanes
+    assert len(stack.model.bank) == 0
     stack.start(0, settings())
     assert stack.lanes == (0,)
 

@@ -91,12 +91,16 @@ def assert_as_one_process(
     assert results[0].error is None
     assert_same_reports(results[0].reports, wanted)
     got = {name: torch.from_numpy(array) for name, array in results[0].weights.items()}
-    assert_close(got, weights(model), atol=WEIGHT_ATOL)
+    given = weights(model)
+    if plan.kind == "multiple_choice":
+        # it moves all options alike: its gradient is nothing but rounding
+        del got["heads.0.linear.bias"], given["heads.0.linear.bias"]
+    assert_close(got, given, atol=WEIGHT_ATOL)
     return wanted
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("kind", ["classification", "tagging"])
+@pytest.mark.parametrize("kind", ["classification", "tagging", "multiple_choice"])
 def test_team_trains_as_one_process(
     backbone_folder: Folder, tmp_path: Path, kind: str, size: int
 ) -> None:
@@ -119,8 +123,9 @@ def test_team_trains_as_one_process(
             "prompt": {"length": 4, "reparameterization": "mlp", "mlp_hidden": 8},
             "gradient_checkpointing": True,
         },
+        {"method": "finetune", "learning_rate": 1e-5},
     ],
-    ids=["a-row-too-few", "fewer-rows", "one-batch", "many-batches", "mlp"],
+    ids=["a-row-too-few", "fewer-rows", "one-batch", "many-batches", "mlp", "finetune"],
 )
 def test_team_of_any_batches_trains_as_one_process(
     backbone_folder: Folder, tmp_path: Path, changes: dict[str, Any]

@@ -223,7 +223,8 @@ def test_verbalizer_takes_the_piece_of_a_word_inside_a_sentence(pre_tokenizer: A
     merges = [("o", "k"), (space, "ok")]
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizer
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    wrap: Any = PreTrainedTokenizerFast
+    tokenizer = wrap(tokenizer_object=made, unk_token="<unk>")
     language_model = MaskedLanguageModel(nn.Identity(), nn.Linear(2, 6), tokenizer)
     for word in ("ok", " ok", "ok "):
         assert language_model.pieces(word) == [5]

@@ -17,7 +17,9 @@ from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.records import TrainReport
+from ptv2_core.training.sources import Source
 from ptv2_core.training.start import new_model, resolve_head
 from ptv2_core.training.trunk import TrunkCache
 from tests.core.kind_parts import kind_examples, kind_task
@@ -29,6 +31,9 @@ QUICK: dict[str, Any] = {
     "learning_rate": 1e-2,
     "prompt": {"length": 4},
 }
+
+# of each method, a learning rate at which it learns in a few steps
+RATES = {"ptv2": 2e-2, "prompt_tuning": 5e-2, "finetune": 1e-3, "probe": 5e-2}
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -104,6 +109,19 @@ def weights(model: PromptedModel, slot: int = 0) -> dict[str, Tensor]:
         known_as = own.get(prefix, "") + name.removeprefix(prefix)
         copies[known_as] = parameter.detach().clone()
     return copies
+
+
+def of_method(method: str, **changes: Any) -> TrainConfig:
+    """Return quick settings of a method."""
+    return settings(**{"method": method, "learning_rate": RATES[method], **changes})
+
+
+def learner_of(
+    bench: Bench, model: PromptedModel, config: TrainConfig, *, team: Team | None = None
+) -> Learner:
+    """Return a learner of slot 0 before its first step."""
+    source = Source(slot=0, task=bench.task, train=bench.train, dev=bench.dev)
+    return Learner(model, [source], config=config, team=team)
 
 
 def save_trained(

@@ -26,7 +26,10 @@ from tests.tiny import tiny_backbone
 
 STAGES = ("fetch", "prepare", "search", "train", "evaluate", "register")
 INTENTS = Path("mine") / "intents"
-ARRAYS = ("input_ids", "labels", "offsets", "token_type_ids", "word_index", "word_offsets")
+ARRAYS = (
+    "chars", "groups", "input_ids", "labels", "note_offsets", "notes", "offsets", "read_at",
+    "token_type_ids", "units", "word_index", "word_offsets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -753,6 +756,23 @@ def test_cli_predict_refuses_inputs_of_another_form(
 def test_cli_predict_wants_a_pair_for_each_text(ptv2: Ptv2, finished: Path) -> None:
     said = refused(ptv2, "predict", "prompts/pairs", "a", "b", "--pair", "c")
     assert said == "expected a --pair for each of 2 texts, got 1"
+
+
+def test_cli_predict_takes_json_objects_as_options(ptv2: Ptv2, finished: Path) -> None:
+    given = ["--input", '{"text": "a song"}', "--input", '{"text": "the alarm"}']
+    lines = succeeded(ptv2, "predict", "prompts/intents", *given, "--json").splitlines()
+    texts = ("predict", "prompts/intents", "a song", "the alarm", "--json")
+    assert lines == succeeded(ptv2, *texts).splitlines()
+    said = refused(ptv2, "predict", "prompts/intents", "a song", *given)
+    assert said == "expected texts or --input, got both"
+    broken = ("--input", "{}", "--input", "{", "--input", "[1]")
+    said = refused(ptv2, "predict", "prompts/intents", *broken)
+    assert [line[: line.index(":")] for line in said.splitlines()[1:]] == [
+        "  - --input 2",
+        "  - --input 3",
+    ]
+    said = refused(ptv2, "predict", "prompts/intents")
+    assert said.startswith("nothing to answer: expected a text, --input with a JSON object, or -")
 
 
 def test_cli_an_interrupt_says_that_it_can_go_on(

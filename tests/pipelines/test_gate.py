@@ -34,6 +34,16 @@ def test_champion_must_be_beaten_by_more_than_the_margin(score, margin, promoted
     assert "champion version 1" in decision.reason
 
 
+@pytest.mark.parametrize(("new", "old", "promoted"), [("-0.1", "-0.2", True), ("-0.3", "0", False)])
+def test_correlations_may_be_negative(new, old, promoted):
+    scores = NEW | {"metric": "pearson", "test_score": new}
+    decision = gate(scores | {"test_score": old}, scores=scores)
+    assert decision.promoted is promoted
+    assert decision.score == float(new)
+    is_above = "above" if promoted else "not above"
+    assert f"test pearson {float(new):.4f} is {is_above} the {float(old):.4f}" in decision.reason
+
+
 def test_other_test_split_is_not_comparable_and_says_what_to_do():
     decision = gate(NEW | {"test_score": "0.1", "test_digest": "sha256:b"})
     assert not decision.promoted

@@ -5,194 +5,29 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from ptv2_core.artifact import load_manifest
 from ptv2_core.data.tasks import METRICS
 from ptv2_core.evaluation.predict import Predictor
+from tests.pipelines.kind_cases import CASES
 from tests.registry_parts import empty_registry
 from tests.stage_parts import PARAMS, call, intent_rows, write_jsonl, write_params
-from tests.tiny import tiny_backbone
+from tests.tiny import tiny_language_model
 
 ROWS = 24
 STAGES = ("fetch", "prepare", "search", "train", "evaluate", "register")
-PLACES = ("rome", "paris", "oslo", "lima")
-NAMES = ("anna", "bob", "carla", "dan")
-
-
-def number(n: int, chance: random.Random) -> dict[str, Any]:
-    first, second = chance.choice(PLACES), chance.choice(PLACES)
-    return {"one": f"book {first}", "other": f"find {second}", "score": 5.0 * (first == second)}
-
-
-def choice(n: int, chance: random.Random) -> dict[str, Any]:
-    one, other = chance.sample(PLACES, 2)
-    question = ("cause", "effect")[n % 2]
-    return {"premise": f"to {one}", "question": question, "choice1": one, "choice2": other,
-            "label": 0}  # fmt: skip
-
-
-def marked(n: int, chance: random.Random) -> dict[str, Any]:
-    one, other = chance.choice(PLACES), chance.choice(PLACES)
-    return {"word": "book", "sentence1": f"book {one}", "sentence2": f"my book {other}",
-            "start1": 0, "end1": 4, "start2": 3, "end2": 7, "label": one == other}  # fmt: skip
-
-
-def pronoun(n: int, chance: random.Random) -> dict[str, Any]:
-    name = chance.choice(NAMES)
-    target = {"span1_text": name, "span1_index": 0, "span2_text": "my", "span2_index": 2}
-    return {"text": f"{name} call my {chance.choice(PLACES)}", "target": target, "label": n % 2}
-
-
-def answers(n: int, chance: random.Random) -> dict[str, Any]:
-    place = chance.choice(PLACES)
-    found = [{"text": other, "label": int(other == place)} for other in PLACES[:2]]
-    question = {"question": "find my", "answers": found}
-    return {"passage": {"text": f"anna in {place} {n}", "questions": [question]}}
-
-
-def gap(n: int, chance: random.Random) -> dict[str, Any]:
-    one, other = chance.sample(NAMES, 2)
-    ends = (len(one) - 1, len(one) + 1 + len(other) - 1)
-    entities = [{"start": 0, "end": ends[0]}, {"start": len(one) + 1, "end": ends[1]}]
-    query = {"query": "call @placeholder", "answers": [{"text": one}]}
-    return {"passage": {"text": f"{one} {other} {n}", "entities": entities}, "qas": [query]}
-
-
-def roles(n: int, chance: random.Random) -> dict[str, Any]:
-    tokens = [chance.choice(NAMES), "call", chance.choice(NAMES), "in", chance.choice(PLACES)]
-    return {"tokens": tokens, "predicate": 1, "tags": ["B-ARG0", "B-V", "B-ARG1", "B-AM", "I-AM"]}
-
-
-def question(n: int, chance: random.Random) -> dict[str, Any]:
-    place = chance.choice(PLACES)
-    before = " ".join(chance.choices(["anna", "bob", "call", "the"], k=30)) + " in "
-    found = {"text": [place], "answer_start": [len(before)]} if n % 3 else []
-    return {"id": n, "question": "find my", "context": f"{before}{place}", "answers": found}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kind of task.
-
-    Attributes:
-        row: Makes a raw record.
-        given: An input as a user writes it.
-        inputs: The columns of its model, and those that must be there.
-        needed: Of these.
-        outputs: The columns of an answer.
-        keys: Of an answer on the command line.
-        header: What the table of answers shows.
-        fields: The fields that the settings must name.
-    """
-
-    row: Callable[[int, random.Random], dict[str, Any]]
-    given: dict[str, Any]
-    inputs: list[str]
-    needed: list[str]
-    outputs: list[str]
-    keys: list[str]
-    header: list[str]
-    fields: dict[str, Any]
-
-
-LABEL = {
-    "outputs": ["label", "score"],
-    "keys": ["label", "probabilities"],
-    "header": ["input", "label", "probabilities"],
-}
-OPTION = {
-    "outputs": ["choice", "text", "score"],
-    "keys": ["choice", "text", "options", "probabilities"],
-    "header": ["input", "choice", "probabilities"],
-}
-SPANS = ["span1_text", "span1_index", "span2_text", "span2_index"]
-CASES: dict[str, Case] = {
-    "regression": Case(
-        row=number,
-        given={"text": "book rome", "text_pair": "find oslo"},
-        inputs=["text", "text_pair"],
-        needed=["text", "text_pair"],
-        outputs=["value"],
-        keys=["value"],
-        header=["input", "value"],
-        fields={"text": "one", "text_pair": "other", "label": "score"},
-    ),
-    "multiple_choice": Case(
-        row=choice,
-        given={"text": "to rome", "question": "cause", "choices": ["rome", "lima", "a song"]},
-        inputs=["text", "choices", "question", "options", "names"],
-        needed=["text"],
-        fields={},
-        **OPTION,
-    ),
-    "word_in_context": Case(
-        row=marked,
-        given={"sentence1": "book rome", "sentence2": "my book lima", "word": "book"},
-        inputs=["sentence1", "sentence2", "word", "start1", "end1", "start2", "end2", "text",
-                "text_pair"],
-        needed=[],
-        fields={},
-        **LABEL,
-    ),
-    "coreference": Case(
-        row=pronoun,
-        given={"text": "anna call my rome", "span1_text": "anna", "span1_index": 0,
-               "span2_text": "my", "span2_index": 2},
-        inputs=["text", *SPANS, "text_pair"],
-        needed=["text"],
-        fields={},
-        **LABEL,
-    ),
-    "multirc": Case(
-        row=answers,
-        given={"paragraph": "anna in rome", "question": "find my", "answer": "rome"},
-        inputs=["paragraph", "question", "answer", "text", "text_pair"],
-        needed=[],
-        fields={},
-        **LABEL,
-    ),
-    "record": Case(
-        row=gap,
-        given={"passage": "anna bob", "query": "call @placeholder", "entities": ["anna", "bob"]},
-        inputs=["passage", "query", "entities", "text", "options", "names"],
-        needed=[],
-        fields={},
-        **OPTION,
-    ),
-    "srl": Case(
-        row=roles,
-        given={"tokens": ["anna", "call", "bob", "in", "rome"], "predicate": 1},
-        inputs=["tokens", "predicate"],
-        needed=["tokens", "predicate"],
-        outputs=["tags", "spans"],
-        keys=["tokens", "tags", "spans"],
-        header=["input", "spans"],
-        fields={},
-    ),
-    "qa": Case(
-        row=question,
-        given={"question": "find my", "context": "anna in rome"},
-        inputs=["question", "context"],
-        needed=["question", "context"],
-        outputs=["text", "score", "start", "end"],
-        keys=["text", "start", "end", "score", "n_best"],
-        header=["input", "answer", "characters", "score"],
-        fields={},
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a workspace with a task of each kind, named after it, and one for each method."""
     folder = tmp_path_factory.mktemp("kinds")
-    tiny_backbone(folder / "backbone")
+    tiny_language_model(folder / "backbone")
     (folder / "mlflow.db").write_bytes(empty_registry())
     tasks: dict[str, Any] = {}
     for kind, case in CASES.items():
@@ -205,6 +40,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method, rate in rates.items():
         train = {"method": method, "learning_rate": rate}
         tasks[method] = _task("intents.jsonl", "classification", fields, train)
+    # a verbalizer reads the language model's own transform of a backbone that is tuned
+    words = {"alarm": "alarm", "flight": "flight", "song": "song"}
+    tasks["verbalizer"] = _task(
+        "intents.jsonl",
+        "classification",
+        {**fields, "template": "{text} at {mask}"},
+        {
+            "method": "finetune",
+            "learning_rate": 1e-3,
+            "head": {"type": "verbalizer", "label_words": words},
+        },
+    )
     shared = {"max_length": 24, "stride": 8, "dev_fraction": 0.25, "test_fraction": 0.25}
     search = {**PARAMS["search"], "n_trials": 0}
     train = {"prompt": {"length": 3}, "epochs": 1, "batch_size": 8}
@@ -327,9 +174,53 @@ def test_a_method_without_a_prompt_is_registered_as_what_it_is(
         )
     answer = json.loads(predicted(capsys, f"pulled/{method}", "a song", "--json"))
     assert list(answer["probabilities"]) == ["alarm", "flight", "song"]
-    size = load_manifest(Path(f"pulled/{method}")).size_bytes
-    assert (size > (root / "backbone" / "model.safetensors").stat().st_size) == (
-        method == "finetune"
+    weights = load_file(f"pulled/{method}/prompt.safetensors")
+    assert any(name.startswith("backbone.") for name in weights) == (method == "finetune")
+
+
+def test_a_fine_tuned_verbalizer_is_pulled_with_the_language_models_transform(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain("verbalizer")
+    assert call("pull", "verbalizer", "--to", "pulled/verbalizer") == 0
+    manifest = load_manifest(Path("pulled/verbalizer"))
+    assert (manifest.method, manifest.head.type) == ("finetune", "verbalizer")
+    run = client(root).get_run(client(root).get_model_version("verbalizer", "1").run_id)
+    words = json.loads(run.data.params["head.label_words"])
+    assert words == {"alarm": "alarm", "flight": "flight", "song": "song"}
+    answer = json.loads(predicted(capsys, "pulled/verbalizer", "a song", "--json"))
+    assert list(answer["probabilities"]) == ["alarm", "flight", "song"]
+
+
+def test_a_text_does_not_suffice_where_an_input_has_fields(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, fields in (
+        ("word_in_context", "`sentence1`, `sentence2` and `word`"),
+        ("multiple_choice", "`text` and `choices`"),
+        ("qa", "`question` and `context`"),
+    ):
+        needs(kind)
+        capsys.readouterr()
+        assert call("predict", f"prompts/{kind}", "a text") == 2
+        assert capsys.readouterr().err == (
+            f"error: a text does not suffice for {kind}, a task of kind {kind}: expected JSON "
+            f"objects with {fields}, each with --input or, with -, on a line of standard input\n"
+        )
+    assert call("predict", "prompts/qa", "--input", '{"question": "find my"}') == 2
+    assert "error: input 1: no field 'context'" in capsys.readouterr().err
+
+
+def test_table_shows_what_was_asked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs("srl")
+    given = json.dumps(CASES["srl"].given)
+    shown = predicted(capsys, "prompts/srl", "--input", given)
+    assert "anna call bob in rome" in shown
+    assert "predicate: 1" in shown
+    needs("multiple_choice")
+    given = json.dumps(CASES["multiple_choice"].given)
+    assert "choices: rome | lima | a song" in predicted(
+        capsys, "prompts/multiple_choice", "--input", given
     )
 
 
@@ -415,7 +306,7 @@ def test_versions_of_all_kinds_answer_as_models_of_mlflow(root: Path, tmp_path: 
 import json, mlflow, pandas, sys
 found = {}
 for task, given in json.load(sys.stdin).items():
-    model = mlflow.pyfunc.load_model(f"models:/{task}@champion", model_config=None)
+    model = mlflow.pyfunc.load_model(f"models:/{task}@champion")
     answers = model.predict(pandas.DataFrame([given]))
     example = model.predict(model.input_example)
     names = model.metadata.signature.outputs.input_names()
@@ -439,14 +330,16 @@ print(json.dumps(found))
         got, rows = found[task]
         assert rows == 3
         for name, value in got.items():
-            expected = answer.get(name)
-            if name == "score" and "n_best" not in answer:
-                expected = (
-                    max(answer["probabilities"].values())
-                    if "label" in answer
-                    else max(answer["probabilities"])
-                )
-            elif name in ("tags", "spans"):
-                expected = json.dumps(expected)
+            expected = cell(answer, name)
             is_number = isinstance(expected, float)
             assert value == (pytest.approx(expected, abs=1e-5) if is_number else expected)
+
+
+def cell(answer: dict[str, Any], name: str) -> Any:
+    """Return what a model's column holds of an answer."""
+    if name in ("tags", "spans"):
+        return json.dumps(answer[name])
+    if name in answer:
+        return answer[name]
+    shares = answer["probabilities"]
+    return shares[answer["label"]] if "label" in answer else shares[answer["choice"]]

@@ -72,6 +72,7 @@ def test_tags_say_how_to_make_the_prompt_again(workspace):
         "manifest_sha256": sha256_file(artifact / "prompt.json"),
         "task": "intents",
         "task_kind": "classification",
+        "ptv2.method": "ptv2",
         "backbone_name": manifest.backbone["name"],
         "backbone_digest": manifest.backbone["digest"],
         "tokenizer_digest": manifest.tokenizer_digest,

@@ -186,11 +186,11 @@ def test_train_stage_interrupted_leaves_a_checkpoint_to_go_on_from(
 def test_train_stage_that_was_killed_before_it_saved_ends_with_the_same_bytes(
     ready: Path, trained_once: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def killed(*arguments: Any) -> None:
+    def killed(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.stages.train._save", killed)
+        patch.setattr("pipelines.stages.train.save_prompt", killed)
         assert call("train", "-t", "intents") == 130
     assert step_of(ready) == STEPS
     capsys.readouterr()

@@ -1,0 +1,246 @@
+"""`ptv2 compare` and `ptv2 multitask`, on a tiny backbone: what they find, keep and refuse."""
+
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from pipelines import comparison
+from pipelines.compare_stats import score
+from pipelines.errors import PipelineError
+from pipelines.extra_settings import CompareSettings
+from pipelines.settings import Settings, load_settings
+from ptv2_core.artifact import load_manifest
+from ptv2_core.errors import ConfigError
+from tests.pipelines.chain_parts import make_repository
+from tests.pipelines.processes import Running, environment, program, run
+from tests.stage_parts import PARAMS, call, change_params, make_workspace, read_params
+
+METHODS = ("probe", "prompt_tuning", "ptv2", "finetune")
+SPACE = {"learning_rate": [1e-3, 1e-2]}
+SECTION: dict[str, Any] = {
+    "parallel": 2,
+    "space": {
+        "ptv2": {**SPACE, "prompt_length": [2, 4]},
+        "finetune": {"learning_rate": [1e-4, 1e-3]},
+    },
+    "train": {"finetune": {"learning_rate": 1e-3}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a workspace whose tasks are prepared."""
+    root = make_workspace(tmp_path_factory.mktemp("compare") / "workspace")
+    change_params(root, {"compare": SECTION, "tasks.slots.train": {"learning_rate": 3e-2}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for task in ("intents", "slots"):
+            assert [call(stage, "-t", task) for stage in ("fetch", "prepare")] == [0, 0]
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(prepared_once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in the workspace, as the commands do: the backbone's folder is relative to it."""
+    monkeypatch.chdir(prepared_once)
+
+
+def section(settings: Settings, **changes: Any) -> CompareSettings:
+    """Return the settings of a comparison with some changed."""
+    return settings.compare.model_copy(update={"n_trials": 0, "seeds": (1,), **changes})
+
+
+class Seen:
+    """Keeps what a comparison says of its jobs."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        assert done == len(self.said) + 1 <= total
+        self.said.append(what)
+
+
+@pytest.mark.slow
+def test_comparison_runs_every_method_and_keeps_what_ended(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    first = comparison.run(settings, ["intents"], section(settings, methods=METHODS))
+    rows = {row.method: row for row in first.comparison.rows}
+    assert set(rows) == set(METHODS)
+    tuned = {method: row.tuned_parameters for method, row in rows.items()}
+    layers, heads, size, hidden, length = 3, 4, 8, 32, 4
+    assert tuned["probe"] == 0
+    assert tuned["prompt_tuning"] == length * hidden
+    assert tuned["ptv2"] == layers * 2 * heads * length * size
+    assert tuned["finetune"] == first.comparison.backbone_parameters
+    assert rows["finetune"].tuned_share == 1.0
+    classes = 3
+    head = classes * (hidden + 1)
+    assert {m: row.artifact_bytes for m, row in rows.items()} == {
+        method: 4 * (count + head) for method, count in tuned.items()
+    }
+    for row in rows.values():
+        assert row.items is not None
+        assert score(row.items) == pytest.approx(row.test, abs=1e-12)
+        assert len(row.history) == 2
+        assert row.peak_memory_bytes is not None
+        assert row.peak_memory_bytes > 1e7
+    assert sorted(file.name for file in first.folder.iterdir()) == [
+        "compare.html", "compare.json", "compare.md",
+    ]  # fmt: skip
+
+    seen = Seen()
+    kept = {
+        file: file.stat().st_mtime_ns for file in prepared_once.rglob(".ptv2/compare/**/*.json")
+    }
+    again = comparison.run(settings, ["intents"], section(settings, methods=METHODS), seen)
+    assert again.comparison.rows == first.comparison.rows
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    assert len(seen.said) == 2 * len(METHODS)
+
+
+@pytest.mark.slow
+def test_comparison_searches_each_method_as_often(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    chosen = section(settings, methods=("probe", "ptv2"), n_trials=2)
+    found = comparison.run(settings, ["slots"], chosen).comparison
+    by_method = {m: [t for t in found.trials if t.method == m] for m in chosen.methods}
+    assert {method: len(trials) for method, trials in by_method.items()} == {"probe": 2, "ptv2": 2}
+    assert {tuple(trial.settings) for trial in by_method["probe"]} == {("learning_rate",)}
+    for method, trials in by_method.items():
+        best = max(trials, key=lambda trial: trial.value or 0.0)
+        for row in found.runs("slots", method):
+            assert row.settings["learning_rate"] == best.settings["learning_rate"]
+    database = prepared_once / ".ptv2" / "compare" / "slots" / "ptv2.db"
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT count(*) FROM trials").fetchone() == (2,)
+
+
+@pytest.mark.slow
+def test_comparison_names_the_job_that_failed(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    rate = settings.compare.train.model_copy(update={"finetune": {"learning_rate": 0.5}})
+    chosen = section(settings, methods=("finetune",), train=rate)
+    expected = "^intents finetune, seed 1: train.learning_rate: 0.5 would wipe out"
+    with pytest.raises(PipelineError, match=expected):
+        comparison.run(settings, ["intents"], chosen)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("-m", "lora"), "--method: expected .*probe"),
+        (("--seed", "1", "--seed", "1"), "--seed: expected each once"),
+        (("-t", "nothing"), "expected a task"),
+    ],
+)
+def test_compare_refuses_what_it_does_not_know(
+    prepared_once: Path,
+    options: tuple[str, ...],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("compare", "-C", str(prepared_once), *options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert re.search(expected, said)
+
+
+@pytest.mark.slow
+def test_compare_as_a_user_runs_it_is_logged_and_goes_on_after_an_interrupt(
+    tmp_path: Path,
+) -> None:
+    tasks = {"intents": PARAMS["tasks"]["intents"]}
+    root = make_repository(tmp_path / "workspace", tasks, compare={**SECTION, "seeds": [1, 2]})
+    options = ("compare", "--trials", "0", "-m", "probe", "-m", "ptv2", "--json", "out.json")
+    first = Running(root, program(), *options, environment=environment(OMP_NUM_THREADS="2"))
+    first.wait_until(lambda: any((root / ".ptv2" / "compare" / "intents").glob("*.json")))
+    assert first.interrupt() == 130
+    first.wait_until_all_is_gone()
+    assert "Traceback" not in first.said, first.said
+    kept = set((root / ".ptv2" / "compare" / "intents").glob("*.json"))
+    run(root, program(), *options)
+    assert kept <= set((root / ".ptv2" / "compare" / "intents").glob("*.json"))
+    rows = json.loads((root / "out.json").read_text())["rows"]
+    assert {(row["task"], row["method"], row["seed"]) for row in rows} == {
+        ("intents", method, seed) for method in ("probe", "ptv2") for seed in (1, 2)
+    }
+    wanted = {"task", "method", "seed", "dev", "test", "tuned_share", "artifact_bytes", "seconds"}
+    assert all(wanted <= set(row) for row in rows)
+    with closing(sqlite3.connect(root / "mlflow.db")) as connection:
+        keys = {key for (key,) in connection.execute("SELECT key FROM metrics")}
+    assert keys == {"intents.probe.test", "intents.ptv2.test"}
+    with closing(sqlite3.connect(root / ".ptv2" / "prefect" / "prefect.db")) as connection:
+        states = connection.execute("SELECT name, state_type FROM flow_run ORDER BY created")
+        assert [state for _, state in states] == ["CANCELLED", "COMPLETED"]
+        artifacts = connection.execute("SELECT key FROM artifact").fetchall()
+    assert artifacts == [("ptv2-compare",)]
+
+
+def test_multitask_trains_one_prompt_for_all_and_a_task_begins_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_workspace(tmp_path / "workspace")
+    params = read_params(root)
+    other = {**params["tasks"]["slots"], "fetch": {"source": "local", "path": "mine/slots"}}
+    change_params(
+        root,
+        {
+            "tasks.names": other,
+            "multitask.shared.tagging": {
+                "tasks": ["slots", "names"],
+                "train": {"epochs": 2, "learning_rate": 3e-2},
+            },
+        },
+    )
+    monkeypatch.chdir(root)
+    for task in ("slots", "names"):
+        assert [call(stage, "-t", task) for stage in ("fetch", "prepare")] == [0, 0]
+    assert call("multitask", "tagging") == 0
+    said = capsys.readouterr().out
+    assert "Shared prompt tagging" in said
+    folders = {task: root / "prompts" / "shared" / "tagging" / task for task in ("slots", "names")}
+    tensors = {
+        task: safetensors.torch.load_file(folder / "prompt.safetensors")
+        for task, folder in folders.items()
+    }
+    assert tensors["slots"]["prompt"].equal(tensors["names"]["prompt"])
+    assert not tensors["slots"]["head.weight"].equal(tensors["names"]["head.weight"])
+
+    change_params(root, {"tasks.names.train.init_from": "prompts/shared/tagging/slots"})
+    change_params(root, {"tasks.names.train.epochs": 1, "tasks.names.train.learning_rate": 1e-30})
+    assert [call(stage, "-t", "names") for stage in ("search", "train")] == [0, 0]
+    trained = safetensors.torch.load_file(root / "prompts" / "names" / "prompt.safetensors")
+    # at such a rate a training ends where it began
+    assert trained["prompt"].allclose(tensors["slots"]["prompt"], atol=1e-6)
+    assert trained["head.weight"].allclose(tensors["slots"]["head.weight"], atol=1e-6)
+    manifest = load_manifest(root / "prompts" / "names")
+    assert manifest.training["init_from"] == "prompts/shared/tagging/slots"
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [
+        ({"tasks": ["slots", "intents"]}, "expected tasks that answer alike, got slots answers"),
+        ({"tasks": ["slots", "slots"]}, "expected each once"),
+        ({"tasks": ["slots", "none"]}, "expected a task"),
+    ],
+)
+def test_multitask_refuses_tasks_that_cannot_share(
+    prepared_once: Path, tmp_path: Path, shared: dict[str, Any], expected: str
+) -> None:
+    from pipelines import multitask
+
+    settings = load_settings(prepared_once / "params.yaml")
+    change = {"shared": {"mix": multitask.SharedPrompt(**shared)}}
+    chosen = settings.multitask.model_copy(update=change)
+    with pytest.raises(ConfigError, match=expected):
+        multitask.run(Settings(**{**vars(settings), "multitask": chosen}), "mix")
+    with pytest.raises(ConfigError, match="expected one of"):
+        multitask.run(settings, "mix")
