@@ -221,7 +221,8 @@ def compare(
     from pipelines.settings import load_settings
 
     settings = load_settings(workspace / "params.yaml")
-    chosen = [settings.task(name).name for name in task] if task else list(settings.tasks)
+    asked = dict.fromkeys(task or settings.tasks)  # each once
+    chosen = [settings.task(name).name for name in asked]
     changes = {"methods": method, "seeds": seed, "n_trials": trials, "parallel": parallel}
     launch_compare.run(settings, chosen, changes, json_file, _console())
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import PipelineError
+from ptv2_core.config import Method
 
-Method = Literal["probe", "prompt_tuning", "ptv2", "finetune"]
 ItemKind = Literal["mean", "f1", "pearson"]
 FloatArray = npt.NDArray[np.float64]
 

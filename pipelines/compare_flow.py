@@ -44,6 +44,8 @@ def run(root: Path, work: Callable[[], str]) -> None:
         return Completed(message="compared")
 
     with prefect_session.session(root):
-        ptv2_compare(return_state=True)
+        state = ptv2_compare(return_state=True)
     if raised:
         raise raised[0]
+    if state.is_failed():
+        state.result()  # raises what else went wrong: Prefect has it, and nobody else

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import ptv2_core
 from pipelines.compare_data import Items, Row, Trial
 from pipelines.compare_items import items_of
 from pipelines.extra_settings import CompareSettings
 from pipelines.paths import TaskPaths, alone
-from pipelines.schema import SearchSettings
+from pipelines.schema import FirstTrial, SearchSettings, SearchSpace
 from pipelines.settings import TaskSettings
 from pipelines.stages.lanes import end_with_parent, one_by_one
 from pipelines.stages.prepare import Prepared
@@ -74,22 +75,32 @@ def cell_of(
     """
     changes: Mapping[str, Any] = getattr(compare.train, method)
     train = overlay(settings.train, {"method": method, "init_from": None, **changes})
+    space: SearchSpace = getattr(compare.space, method)
     search = settings.search.model_copy(
         update={
             "n_trials": compare.n_trials,
             "parallel": 1,
-            "space": getattr(compare.space, method),
-            "first": _first(settings.search, method),
+            "space": space,
+            "first": _first(settings.search, space) if method == "ptv2" else (),
             "screen": None,
         }
     )
-    own = replace(settings, train=train, search=search)
-    return Cell(settings=replace(own, search=reachable(search, train)), paths=paths, method=method)
+    if compare.n_trials:
+        search = reachable(search, train)
+    return Cell(settings=replace(settings, train=train, search=search), paths=paths, method=method)
 
 
-def _first(search: SearchSettings, method: Method) -> tuple[Any, ...]:
-    """Return the first trials of a task's own search, which are settings for ptv2."""
-    return search.first if method == "ptv2" else ()
+def _first(search: SearchSettings, space: SearchSpace) -> tuple[FirstTrial, ...]:
+    """Return the first trials of a task's own search, which are settings for ptv2.
+
+    That search has a space of its own: what lies outside of this one would be drawn by chance.
+    """
+    ranges = space.model_dump(exclude_none=True)
+    asked = [
+        {key: value for key, value in trial.model_dump(exclude_none=True).items() if key in ranges}
+        for trial in search.first
+    ]
+    return tuple(FirstTrial(**trial) for trial in asked if trial and space.contains(trial))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +204,12 @@ def _row_file(cell: Cell, prepared: Prepared, config: TrainConfig) -> Path:
     key = _key(
         [
             config.to_mapping(),
-            prepared.digests,
-            [prepared.max_length, prepared.stride, prepared.tokenizer_digest],
+            prepared.identity(),
             backbone_identity(cell.settings),
+            [torch.__version__, transformers.__version__],
             source_digest(Path(ptv2_core.__file__).parent),
+            # a row of other fields cannot be read
+            list(Row.__dataclass_fields__),
         ]
     )
     return cell.folder / f"{cell.method}-{config.seed}-{key}.json"

@@ -208,7 +208,8 @@ def costs_sheet(summary: Summary) -> Sheet:
         note=(
             "Of one training run with the chosen hyper-parameters, mean over the seeds; peak "
             "memory is the highest. Tuned parameters are without the head, which every method "
-            "tunes; % is by those of the backbone."
+            "tunes; % is by those of the backbone. States below the first prompt (of a probe: all) "
+            "are computed once for all runs of a task; that time is not in the seconds."
         ),
         headers=("task", "method", "tuned parameters", "%", "artifact", "seconds", "peak memory"),
         rows=tuple(rows),

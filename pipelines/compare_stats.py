@@ -10,8 +10,9 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from pipelines.compare_data import Comparison, FloatArray, ItemKind, Items, Method, Row
+from pipelines.compare_data import Comparison, FloatArray, ItemKind, Items, Row
 from pipelines.errors import PipelineError
+from ptv2_core.config import Method
 
 SUBJECT: Method = "ptv2"
 """The method whose difference to each other one is computed."""

@@ -31,7 +31,7 @@ from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for
 from pipelines.threads import available_cores, chosen_threads
 from ptv2_core.data.examples import SPLITS
-from ptv2_core.errors import PTv2Error
+from ptv2_core.errors import PTv2Error, TrainingError
 from ptv2_core.files import write_json_atomic, write_text_atomic
 
 LIBRARIES = ("torch", "transformers", "optuna")
@@ -45,11 +45,13 @@ class Compared:
         comparison: What was found.
         summary: Its statistics.
         folder: Where the report is: `compare.html`, `compare.md`, `compare.json`.
+        failed: Trainings that could not go on, each with why; the report lacks their rows.
     """
 
     comparison: Comparison
     summary: Summary
     folder: Path
+    failed: tuple[str, ...] = ()
 
 
 def run(
@@ -59,6 +61,9 @@ def run(
     progress: Progress = silent,
 ) -> Compared:
     """Run what has not been run, and write `results/compare`.
+
+    A training that cannot go on, such as one whose loss is not finite, ends itself alone: it would
+    fail again each time, and the others say something without it.
 
     Args:
         settings: A checked params.yaml.
@@ -79,12 +84,14 @@ def run(
     ]
     for task in tasks:  # data that is missing is told before anything is trained
         Prepared.load(TaskPaths(root=settings.root, task=task).prepared)
-    rows, trials = _run_jobs(cells, compare, progress)
-    comparison = _comparison(settings, tasks, compare, rows, trials)
+    work = _run_jobs(cells, compare, progress)
+    comparison = _comparison(settings, tasks, compare, work.rows, work.trials)
     summary = summarise(comparison)
     folder = settings.root / "results" / "compare"
     write(comparison, summary, folder)
-    return Compared(comparison=comparison, summary=summary, folder=folder)
+    return Compared(
+        comparison=comparison, summary=summary, folder=folder, failed=tuple(work.failed)
+    )
 
 
 def write(comparison: Comparison, summary: Summary, folder: Path) -> None:
@@ -103,6 +110,7 @@ class _Work:
     ) -> None:
         self.rows: list[Row] = []
         self.trials: list[Trial] = []
+        self.failed: list[str] = []
         self.running: dict[Future[Any], tuple[str, compare_jobs.Cell]] = {}
         self._compare, self._submit, self._threads = compare, submit, threads
         self._progress, self._done, self._total = progress, 0, total
@@ -119,7 +127,14 @@ class _Work:
     def take(self, future: Future[Any]) -> None:
         """Take what a job found, and start what needs it."""
         what, cell = self.running.pop(future)
-        result = _result(future, what)
+        try:
+            result = future.result()
+        except TrainingError as error:
+            self.failed.append(f"{what}: {error}")
+            self._tell(f"{what} failed")
+            return
+        except PTv2Error as error:
+            raise PipelineError(f"{what}: {error}") from error
         if isinstance(result, Row):
             self._trained(result)
         else:
@@ -150,7 +165,7 @@ class _Work:
 
 def _run_jobs(
     cells: Sequence[compare_jobs.Cell], compare: CompareSettings, progress: Progress
-) -> tuple[list[Row], list[Trial]]:
+) -> _Work:
     """Search every cell, then train it with every seed; as many at once as `parallel`."""
     workers = min(compare.parallel, len(cells) * len(compare.seeds))
     threads = chosen_threads(workers)
@@ -165,14 +180,7 @@ def _run_jobs(
             if work.running:
                 for future in wait(work.running, return_when=FIRST_COMPLETED).done:
                     work.take(future)
-    return work.rows, work.trials
-
-
-def _result(future: Future[Any], what: str) -> Any:
-    try:
-        return future.result()
-    except PTv2Error as error:
-        raise PipelineError(f"{what}: {error}") from error
+    return work
 
 
 def _comparison(

@@ -6,11 +6,24 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from pipelines.schema import Conflicts, SearchSpace, Section, Seed, Whole
-from ptv2_core.config import Method
+from ptv2_core.config import Method, TrainConfig
+from ptv2_core.errors import ConfigError
+
+# settings of train that a comparison sets itself: the method, and that all methods start anew
+SET_BY_COMPARE = ("method", "init_from")
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _train_conflicts(place: str, changes: Mapping[str, Any]) -> Conflicts:
+    """Return what is wrong in settings that will be laid over `train`."""
+    try:
+        TrainConfig.from_mapping(changes, path=place)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 class MethodSpaces(Section):
@@ -77,6 +90,14 @@ class CompareSettings(Section):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 found.append((key, f"expected each once, got {list(values)}"))
+        for method in MethodTrains.model_fields:
+            place, changes = f"train.{method}", getattr(self.train, method)
+            found += _train_conflicts(place, changes)
+            found += [
+                (f"{place}.{key}", "a comparison sets this itself; leave it out")
+                for key in SET_BY_COMPARE
+                if key in changes
+            ]
         for method in MethodSpaces.model_fields:
             space: SearchSpace = getattr(self.space, method)
             found += [(f"space.{method}.{key}", words) for key, words in space.conflicts()]
@@ -105,3 +126,11 @@ class MultitaskSettings(Section):
     shared: Mapping[str, SharedPrompt] = Field(
         default={}, description="a mapping of names to {tasks, temperature, train}"
     )
+
+    def conflicts(self) -> Conflicts:
+        """Refuse settings of `train` that are none."""
+        return [
+            conflict
+            for name, prompt in self.shared.items()
+            for conflict in _train_conflicts(f"shared.{name}.train", prompt.train)
+        ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from pipelines.stages.lanes import deaf_to_interrupts
-from ptv2_core.errors import PTv2Error
+from ptv2_core.errors import PTv2Error, TrainingError
 
 Submit = Callable[..., Future[Any]]
 
@@ -73,6 +73,8 @@ class _Processes:
 def _work(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         result = function(*arguments)
+    except TrainingError as error:
+        result = TrainingError(str(error))
     except PTv2Error as error:
         result = PipelineError(str(error))
     pipe.send(result)

@@ -12,6 +12,7 @@ from pipelines.checking import check_section
 from pipelines.compare_json import to_json
 from pipelines.compare_report import markdown, table
 from pipelines.console import progress
+from pipelines.errors import PipelineError
 from pipelines.extra_settings import CompareSettings
 from pipelines.settings import Settings, child_environment, load_settings, read_environment
 from ptv2_core.errors import ConfigError
@@ -37,7 +38,8 @@ def run(
         console: Where to draw.
 
     Raises:
-        PTv2Error: Settings or data are wrong, or a job failed; what ended before is kept.
+        PTv2Error: Settings or data are wrong, or a job failed; what ended before is kept. Where a
+            training alone failed, the report is there without it.
     """
     chosen = _overlaid(settings.compare, changes)
     target = None if json_file is None else json_file.absolute()
@@ -65,6 +67,8 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
+    if compared.failed:
+        raise PipelineError("\n".join(compared.failed))
 
 
 def _overlaid(compare: CompareSettings, changes: Mapping[str, Any]) -> CompareSettings:

@@ -19,6 +19,7 @@ from pydantic import Field
 from pipelines.checking import Found, check_section, did_you_mean
 from pipelines.flow_yaml import task_lines
 from pipelines.schema import (
+    PLACES,
     FetchSettings,
     SearchSettings,
     SearchSpace,
@@ -36,15 +37,6 @@ PAPER = Path("configs/paper.yaml")
 FILE_KEYS = ("train", "tasks")
 NOTHING = "none"
 """What a user calls a task without published hyper-parameters."""
-
-# the settings that a search knows -> where they are in `train`
-TRIAL_KEYS: Mapping[str, tuple[str, ...]] = {
-    "prompt_length": ("prompt", "length"),
-    "learning_rate": ("learning_rate",),
-    "reparameterization": ("prompt", "reparameterization"),
-    "prompt_dropout": ("prompt", "dropout"),
-    "prompt_layers": ("prompt", "layers"),
-}
 
 
 class _Entry(Section):
@@ -194,7 +186,7 @@ def first_trials(published: PublishedTask, family: str | None = None) -> list[di
     for settings in chosen:
         trial = {
             key: value
-            for key, steps in TRIAL_KEYS.items()
+            for key, steps in PLACES.items()
             if (value := _reached(settings.train, steps)) is not None
         }
         if trial not in trials:

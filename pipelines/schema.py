@@ -249,6 +249,16 @@ class FetchSettings(Section):
         ]
 
 
+PLACES: Mapping[str, tuple[str, ...]] = {
+    "prompt_length": ("prompt", "length"),
+    "learning_rate": ("learning_rate",),
+    "reparameterization": ("prompt", "reparameterization"),
+    "prompt_dropout": ("prompt", "dropout"),
+    "prompt_layers": ("prompt", "layers"),
+}
+"""Where in `train` each setting of a search stands."""
+
+
 class SearchSpace(Section):
     """The ranges that a search draws from; a key that is null keeps the value of `train`."""
 

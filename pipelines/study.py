@@ -12,20 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.errors import PipelineError
 from pipelines.paths import alone
-from pipelines.schema import SearchSettings
+from pipelines.schema import PLACES, SearchSettings
 from pipelines.tables import csv_text
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.files import write_text_atomic
 
-# setting of the search space -> its place in the train section
-PLACES = {
-    "prompt_length": ("prompt", "length"),
-    "learning_rate": ("learning_rate",),
-    "reparameterization": ("prompt", "reparameterization"),
-    "prompt_dropout": ("prompt", "dropout"),
-    "prompt_layers": ("prompt", "layers"),
-}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 INTERRUPTED = "interrupted"
 RETRY_OF = "retry_of"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pipelines.compare_data import Comparison, Method, Row, Trial
+from pipelines.compare_data import Comparison, Row, Trial
 from pipelines.compare_report import AVERAGE, gap, points, settings_text
 from pipelines.compare_stats import SUBJECT, Difference, Summary
+from ptv2_core.config import Method
 
 # told apart by shape as well as by colour; readable on light and on dark
 COLOURS: dict[Method, str] = {

@@ -138,6 +138,11 @@ def _check_match(manifest: Manifest, prepared: Prepared, prompt: Path) -> None:
             f"{prompt}: made for {manifest.task.kind} with {len(manifest.task.labels)} labels, but "
             f"the data is {prepared.task.kind} with {len(prepared.task.labels)}; train again"
         )
+    if manifest.task.template != prepared.task.template:
+        raise ArtifactError(
+            f"{prompt}: trained on texts of template {manifest.task.template!r}, but the data is "
+            f"of {prepared.task.template!r}; run `ptv2 train --task {prepared.task.name}` again"
+        )
     trained_on = manifest.provenance.get("data")
     if trained_on != prepared.digests:
         # rows of this test split may have been in that train split

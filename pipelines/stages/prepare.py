@@ -67,6 +67,15 @@ class Prepared:
             digests=stored["digests"],
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Return what results depend on: the content, how it is answered, how it was encoded."""
+        task = self.task
+        return {
+            "data": self.digests,
+            "task": [task.kind, list(task.labels), task.metric, task.template],
+            "encoding": [self.max_length, self.stride, self.tokenizer_digest],
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:

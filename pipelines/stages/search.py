@@ -243,9 +243,7 @@ def study_name(
     everything = {
         "search": {**settings.search.model_dump(mode="json"), "n_trials": None},
         "train": settings.train.to_mapping(),
-        "data": prepared.digests,
-        "labels": prepared.task.labels,
-        "encoding": [prepared.max_length, prepared.tokenizer_digest],
+        **prepared.identity(),
         "backbone": list(backbone),
         "start": None if start is None else start.digest,
         # a trial of older code says nothing about this one

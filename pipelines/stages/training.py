@@ -1,6 +1,6 @@
 """What search, train and evaluate share: the backbone of the settings, and one training."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,9 +22,9 @@ from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
 from ptv2_core.training.records import TrainReport
-from ptv2_core.training.start import Start, check_positions, new_model
+from ptv2_core.training.start import Start, check_positions, new_model, resolve_head
 from ptv2_core.training.trunk import TrunkCache
-from ptv2_serving.store import pull
+from ptv2_serving.store import parse_reference, pull
 
 REGISTERED = "models:/"
 
@@ -141,11 +141,21 @@ def load_start(
             f"({manifest.backbone['digest']}), expected {backbone.spec.name} "
             f"({backbone.spec.digest})"
         )
+    num_layers = backbone.spec.shape.num_layers
+    theirs = manifest.prompt.layer_indices(num_layers)
+    ours = settings.train.prompt.layer_indices(num_layers)
+    if theirs != ours:
+        raise ConfigError(
+            f"train.init_from: {source} is a prompt in the layers {_listed(theirs)}, expected the "
+            f"layers {_listed(ours)} (train.prompt.layers); set that to the same"
+        )
     weights = load_weights(folder, manifest)
     assert weights.prompt is not None, "a prompt of ptv2 has one"
-    is_same = (manifest.task.kind, manifest.task.labels) == (
+    # a head that read something else knows nothing of what this one reads
+    is_same = (manifest.task.kind, manifest.task.labels, manifest.head.reads) == (
         prepared.task.kind,
         prepared.task.labels,
+        resolve_head(settings.train.head, backbone).reads,
     )
     head = (weights.head_weight, weights.head_bias) if is_same else None
     return Start(prompt=weights.prompt, digest=manifest.sha256, head=head)
@@ -153,10 +163,19 @@ def load_start(
 
 def _pull(source: str, folder: Path, settings: TaskSettings, paths: TaskPaths) -> None:
     """Put a registered prompt into a folder."""
+    # models:/NAME/3 is MLflow's NAME:3
+    reference = source.removeprefix(REGISTERED).replace("/", ":")
+    try:
+        parse_reference(reference)
+    except ConfigError as error:
+        raise ConfigError(
+            "train.init_from: expected a folder, models:/NAME@ALIAS or models:/NAME/VERSION, got "
+            f"{source!r}"
+        ) from error
     chosen = settings.backbone
     uri = read_environment().mlflow_tracking_uri or settings.register.tracking_uri
     pull(
-        source.removeprefix(REGISTERED).replace("/", ":"),  # models:/NAME/3 is MLflow's NAME:3
+        reference,
         folder,
         tracking_uri=uri,
         root=paths.root,
@@ -171,6 +190,10 @@ def overlay(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         is_section = isinstance(value, Mapping)
         values[key] = {**values[key], **value} if is_section else value
     return TrainConfig.from_mapping(values)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 @contextmanager

@@ -236,6 +236,14 @@ def test_cli_evaluate_refuses_a_prompt_of_other_data(ptv2: Ptv2, finished: Path)
     assert said.endswith("run `ptv2 train --task intents` again")
 
 
+def test_cli_evaluate_refuses_a_prompt_of_another_template(ptv2: Ptv2, finished: Path) -> None:
+    change_params(finished, {"tasks.intents.prepare.template": "{text} {mask}"})
+    succeeded(ptv2, "prepare", "--task", "intents")
+    said = refused(ptv2, "evaluate", "--task", "intents")
+    assert "prompts/intents: trained on texts of template None, but the data is of '{text}" in said
+    assert said.endswith("run `ptv2 train --task intents` again")
+
+
 def test_cli_registering_again_makes_no_second_version(ptv2: Ptv2, finished: Path) -> None:
     before = read_json(finished / "results" / "intents" / "registered.json")
     said = succeeded(ptv2, "register", "--task", "intents")

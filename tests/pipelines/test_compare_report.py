@@ -292,8 +292,8 @@ def test_plots_of_a_setting_need_it_to_vary_and_say_how():
     by_title = {one.title: one for one in groups(one_length, summarise(one_length, resamples=10))}
     length, depth = by_title["Score against prompt length"], by_title["Score against depth"]
     assert length.figures == depth.figures == ()
-    assert "set search.space.prompt_length, for example [8, 64]" in length.note
-    assert "set search.space.prompt_layers, for example [all, 4, 2]" in depth.note
+    assert "set compare.space.ptv2.prompt_length, for example [8, 64]" in length.note
+    assert "set compare.space.ptv2.prompt_layers, for example [all, 4, 2]" in depth.note
     assert len(by_title["Learning curves"].figures) == 1
 
 

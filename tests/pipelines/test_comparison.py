@@ -4,17 +4,23 @@ import json
 import re
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
-from pipelines import comparison
+from pipelines import compare_jobs, comparison
 from pipelines.compare_stats import score
 from pipelines.errors import PipelineError
-from pipelines.extra_settings import CompareSettings
+from pipelines.extra_settings import CompareSettings, SharedPrompt
+from pipelines.paths import TaskPaths
+from pipelines.schema import FirstTrial, SearchSpace
 from pipelines.settings import Settings, load_settings
+from pipelines.stages.prepare import Prepared
+from pipelines.stages.search import study_name
 from ptv2_core.artifact import load_manifest
 from ptv2_core.errors import ConfigError
 from tests.pipelines.chain_parts import make_repository
@@ -132,6 +138,71 @@ def test_comparison_names_the_job_that_failed(prepared_once: Path) -> None:
         comparison.run(settings, ["intents"], chosen)
 
 
+@pytest.mark.slow
+def test_comparison_goes_on_without_a_training_whose_loss_is_not_finite(
+    prepared_once: Path,
+) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    wild = settings.compare.train.model_copy(update={"ptv2": {"prompt": {"start_std": 1e38}}})
+    chosen = section(settings, methods=("ptv2", "probe"), train=wild)
+    done = comparison.run(settings, ["intents"], chosen)
+    assert [row.method for row in done.comparison.rows] == ["probe"]
+    assert done.summary.missing == (("intents", "ptv2", (1,)),)
+    (failed,) = done.failed
+    assert re.match("intents ptv2, seed 1: loss nan .* at step 1", failed)
+    assert "intents ptv2 (seed 1)" in (done.folder / "compare.md").read_text()
+
+
+def test_comparison_asks_again_where_template_or_windows_changed(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    paths = TaskPaths(root=prepared_once, task="intents")
+    chosen = section(settings, methods=("probe",))
+    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe")
+    prepared = Prepared.load(paths.prepared)
+    other = replace(prepared.task, template="{text} It was {mask}.")
+    changed = (prepared, replace(prepared, task=other), replace(prepared, stride=7))
+    backbone = ("digest", "torch.float32", "cpu")
+    assert len({study_name(cell.settings, one, backbone) for one in changed}) == 3
+    compare_jobs.train(cell, {}, 5, torch.get_num_threads())
+    assert compare_jobs.finished_row(cell, {}, 5) is not None
+    file = paths.prepared / "task.json"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace('"template": null', '"template": "{text} {mask}"'))
+        assert compare_jobs.finished_row(cell, {}, 5) is None
+    finally:
+        file.write_text(before)
+
+
+def test_comparison_of_no_trials_needs_no_ranges(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    paths = TaskPaths(root=prepared_once, task="intents")
+    space = settings.compare.space.model_copy(update={"probe": SearchSpace()})
+    chosen = section(settings, space=space)
+    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe")
+    assert compare_jobs.finished_search(cell) == compare_jobs.Found(changes={}, trials=())
+
+
+def test_comparison_tries_first_what_lies_in_its_own_space(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    paths = TaskPaths(root=prepared_once, task="intents")
+    asked = (
+        FirstTrial(prompt_length=3, learning_rate=5e-3, prompt_dropout=0.1),
+        FirstTrial(prompt_length=64, learning_rate=5e-3),
+    )
+    task = settings.task("intents")
+    task = replace(task, search=task.search.model_copy(update={"first": asked}))
+    chosen = section(settings, n_trials=2)
+    firsts = {
+        method: compare_jobs.cell_of(task, paths, chosen, method).settings.search.first
+        for method in ("ptv2", "finetune")
+    }
+    assert firsts == {
+        "ptv2": (FirstTrial(prompt_length=3, learning_rate=5e-3),),
+        "finetune": (),
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -238,7 +309,7 @@ def test_multitask_refuses_tasks_that_cannot_share(
     from pipelines import multitask
 
     settings = load_settings(prepared_once / "params.yaml")
-    change = {"shared": {"mix": multitask.SharedPrompt(**shared)}}
+    change = {"shared": {"mix": SharedPrompt(**shared)}}
     chosen = settings.multitask.model_copy(update=change)
     with pytest.raises(ConfigError, match=expected):
         multitask.run(Settings(**{**vars(settings), "multitask": chosen}), "mix")

@@ -5,6 +5,7 @@ from typing import Any, get_args
 import pytest
 
 from pipelines.checking import Found, check_section
+from pipelines.extra_settings import CompareSettings, MultitaskSettings
 from pipelines.schema import PrepareSettings, TaskPrepareSettings
 from ptv2_core.data.fields import KIND_FIELDS, Fields
 from ptv2_core.data.tasks import TaskKind
@@ -93,3 +94,31 @@ def test_rows_may_be_cut_in_each_split_by_itself() -> None:
     assert rows(None) == [None, None, None]
     assert rows(7) == [7, 7, 7]
     assert rows({"train": 7, "test": None}) == [7, None, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "key", "expected"),
+    [
+        (CompareSettings, {"train": {"ptv2": {"epoch": 1}}}, "train.ptv2.epoch", "unknown key; kn"),
+        (CompareSettings, {"train": {"ptv2": {"epochs": 0}}}, "train.ptv2.epochs", "got 0"),
+        (
+            CompareSettings, {"train": {"ptv2": {"method": "probe"}}}, "train.ptv2.method",
+            "a comparison sets this itself; leave it out",
+        ),
+        (
+            CompareSettings, {"train": {"ptv2": {"init_from": "a"}}}, "train.ptv2.init_from",
+            "a comparison sets this itself; leave it out",
+        ),
+        (
+            MultitaskSettings, {"shared": {"a": {"tasks": ["b", "c"], "train": {"prompt": 4}}}},
+            "shared.a.train.prompt", "expected a mapping of settings, got 4",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_laid_over_train_is_checked_with_the_file(
+    model: Any, values: dict[str, Any], key: str, expected: str
+) -> None:
+    section, found = check(model, **values)
+    assert section is None
+    assert list(found) == [key]
+    assert expected in found[key]
