@@ -23,7 +23,7 @@ from pipelines.paths import TaskPaths, alone
 from pipelines.schema import FirstTrial, SearchSettings, SearchSpace
 from pipelines.settings import TaskSettings
 from pipelines.stages.lanes import end_with_parent, one_by_one
-from pipelines.stages.prepare import Prepared
+from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import (
     backbone_for,
@@ -37,7 +37,7 @@ from ptv2_core.artifact import Weights
 from ptv2_core.config import Method, TrainConfig
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.files import source_digest, write_json_atomic
-from ptv2_core.machine import peak_memory_bytes
+from ptv2_core.machine import peak_device_memory_bytes, peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.records import EpochRecord
@@ -239,11 +239,13 @@ def _row(
         tuned_parameters=weights.num_tuned,
         artifact_bytes=FLOAT_BYTES * sum(t.numel() for t in weights.named().values()),
         seconds=history[-1].seconds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_device_memory_bytes(backbone.device) or peak_memory_bytes(),
         settings=shown_settings(config),
         history=tuple((one.epoch, one.train_loss, one.dev_score) for one in history),
         test_metrics=test.metrics,
-        items=items_of(test.predictions, splits["test"], task),
+        items=items_of(
+            test.predictions, splits["test"], task, read_examples(cell.paths.prepared, "test")
+        ),
     )
 
 

@@ -103,10 +103,11 @@ def gaps_note(summary: Summary) -> str:
     """Return how the intervals were made and what they do not say."""
     return (
         f"Intervals are 95 % percentile intervals of a paired bootstrap over the test examples "
-        f"({summary.resamples:,} resamples, seed {summary.seed}); a resample's score is the mean "
-        f"over the seeds. {CLEAR}: the interval excludes 0. Each stands for itself: of 20 without "
-        "a true difference, one is expected to be marked. How the result varies with the seed is "
-        "the ±, not the interval."
+        f"({summary.resamples:,} resamples, seed {summary.seed}); rows about one text are drawn "
+        "together, and a resample's score is the mean over the seeds. "
+        f"{CLEAR}: the interval excludes 0. Each stands for itself: of 20 without a true "
+        "difference, one is expected to be marked. How the result varies with the seed is the ±, "
+        "not the interval."
     )
 
 

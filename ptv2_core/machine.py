@@ -76,3 +76,8 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """Return the most that tensors have taken on a CUDA card so far; none for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

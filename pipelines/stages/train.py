@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.dag import git_commit
 from pipelines.paths import TaskPaths, alone
 from pipelines.settings import TaskSettings
@@ -33,7 +31,7 @@ from ptv2_core.evaluation.inputs import INPUT_KEYS
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.machine import peak_memory_bytes
+from ptv2_core.machine import peak_device_memory_bytes, peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
@@ -248,8 +246,3 @@ def golden_inputs(predictor: Predictor, prepared: Path) -> list[dict[str, Any]]:
         {"input": given, "logits": logits.tolist()}
         for given, logits in zip(inputs, predictor.logits(inputs), strict=True)
     ]
-
-
-def peak_device_memory_bytes(device: torch.device) -> int | None:
-    """Return the most that tensors have taken on a CUDA card so far; none for other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

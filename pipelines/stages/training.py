@@ -126,6 +126,11 @@ def load_start(
             f"{settings.train.method}"
         )
     folder = paths.root / source
+    if folder.resolve() == paths.prompt.resolve():
+        raise ConfigError(
+            f"train.init_from: {source} is what this training writes, and DVC removes it first; "
+            f"expected another folder, or {REGISTERED}{settings.name}@champion"
+        )
     if source.startswith(REGISTERED):
         folder = paths.init
         if pulls:
