@@ -450,3 +450,10 @@ def test_task_lines_breaks_what_is_too_wide() -> None:
     lines = task_lines("t", {"one": {"a": 1}, "two": wide}, comment="two\nlines", indent=4)
     assert lines[:4] == ["    # two lines", "    t:", "      one: {a: 1}", "      two:"]
     assert lines[4:] == [f"        key{n}: {'v' * 20}" for n in range(6)]
+
+
+def test_settings_of_the_documented_comparison_are_sound() -> None:
+    settings = load_settings(ROOT / "configs" / "comparison.yaml")
+    assert len(settings.tasks) == 10
+    assert settings.compare.methods == ("probe", "prompt_tuning", "ptv2", "finetune")
+    assert set(settings.multitask.shared["tagging"].tasks) <= set(settings.tasks)
