@@ -18,7 +18,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from pipelines import flows
+from pipelines import flows, prefect_session
 from pipelines.errors import PipelineError
 from tests.pipelines.conftest import Workspace
 from tests.pipelines.processes import is_running
@@ -171,7 +171,7 @@ def test_without_a_server_and_without_work_none_is_started(
         raise AssertionError("a server was started")
         yield ""
 
-    monkeypatch.setattr(flows, "temporary_server", refuse)
+    monkeypatch.setattr(prefect_session, "temporary_server", refuse)
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         summary = run(done)
     assert summary.flow_run_id is None

@@ -61,7 +61,7 @@ def in_turn(parts: Parts, *trials: dict[str, Any]) -> list[list[float]]:
     settings, _, prepared, backbone = parts
 
     def scores(changes: Any) -> Iterator[float]:
-        return lanes_module._scores(settings, prepared, backbone, None, changes)
+        return lanes_module._scores(settings, prepared, backbone, None, None, changes)
 
     alone = OneByOne(scores)
     results = []
@@ -218,7 +218,7 @@ def test_lanes_of_a_study_change_neither_draws_nor_scores(
     settings, _, prepared, backbone = parts
 
     def scores(changes: Any) -> Iterator[float]:
-        return lanes_module._scores(settings, prepared, backbone, None, changes)
+        return lanes_module._scores(settings, prepared, backbone, None, None, changes)
 
     def run(name: str, lanes: Lanes) -> tuple[Outcome, list[Any]]:
         study = Study(database=tmp_path / f"{name}.db", name="study", search=settings.search)
