@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.multitask import shared_model
 from pipelines.paths import TaskPaths
 from pipelines.settings import load_settings
 from pipelines.stages.prepare import Prepared
@@ -25,10 +26,8 @@ from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.files import write_json_atomic
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
-from ptv2_core.model.prompts import PromptBank
 from ptv2_core.training.fit import fit, fit_together
-from ptv2_core.training.sources import Source
-from ptv2_core.training.start import Start, new_model, new_slot
+from ptv2_core.training.start import Start, new_model
 
 ALONE, TOGETHER, APART = "alone", "together", "apart, from the shared prompt"
 Row = dict[str, Any]
@@ -80,13 +79,7 @@ def _one_seed(
 def _together(
     backbone: Backbone, prepared: list[Prepared], config: TrainConfig, temperature: float
 ) -> PromptedModel:
-    slots = [new_slot(backbone, one.task, config, one.splits["train"]) for one in prepared]
-    bank = PromptBank(backbone.spec.shape, [(slots[0][0], config.prompt)] * len(slots))
-    model = PromptedModel(backbone, bank, [head for _, head in slots])
-    sources = [
-        Source(slot=slot, task=one.task, train=one.splits["train"], dev=one.splits["dev"])
-        for slot, one in enumerate(prepared)
-    ]
+    model, sources = shared_model(backbone, prepared, config)
     for _ in fit_together(model, sources, config=config, temperature=temperature):
         pass
     return model

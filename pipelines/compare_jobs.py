@@ -16,8 +16,8 @@ import torch
 import transformers
 
 import ptv2_core
+from pipelines import compare_items
 from pipelines.compare_data import Items, Row, Trial
-from pipelines.compare_items import items_of
 from pipelines.extra_settings import CompareSettings
 from pipelines.paths import TaskPaths, alone
 from pipelines.schema import FirstTrial, SearchSettings, SearchSpace
@@ -27,7 +27,6 @@ from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import (
     backbone_for,
-    backbone_identity,
     overlay,
     start_training,
     trunk_cache,
@@ -36,7 +35,7 @@ from pipelines.study import Study, reachable
 from ptv2_core.artifact import Weights
 from ptv2_core.config import Method, TrainConfig
 from ptv2_core.evaluation.scoring import evaluate_model
-from ptv2_core.files import source_digest, write_json_atomic
+from ptv2_core.files import sha256_file, source_digest, write_json_atomic
 from ptv2_core.machine import peak_device_memory_bytes, peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
@@ -53,11 +52,13 @@ class Cell:
         settings: Of the task, with what the method changes and its search laid over them.
         paths: Where its data and the comparison's own files are.
         method: Which.
+        backbone: As `backbone_identity` gives it: asked for once, since it reads all weights.
     """
 
     settings: TaskSettings
     paths: TaskPaths
     method: Method
+    backbone: tuple[str, str, str]
 
     @property
     def folder(self) -> Path:
@@ -66,7 +67,11 @@ class Cell:
 
 
 def cell_of(
-    settings: TaskSettings, paths: TaskPaths, compare: CompareSettings, method: Method
+    settings: TaskSettings,
+    paths: TaskPaths,
+    compare: CompareSettings,
+    method: Method,
+    backbone: tuple[str, str, str],
 ) -> Cell:
     """Return the settings of a task under a method.
 
@@ -87,7 +92,8 @@ def cell_of(
     )
     if compare.n_trials:
         search = reachable(search, train)
-    return Cell(settings=replace(settings, train=train, search=search), paths=paths, method=method)
+    own = replace(settings, train=train, search=search)
+    return Cell(settings=own, paths=paths, method=method, backbone=backbone)
 
 
 def _first(search: SearchSettings, space: SearchSpace) -> tuple[FirstTrial, ...]:
@@ -145,7 +151,7 @@ def _study(cell: Cell, prepared: Prepared) -> Study:
     settings = cell.settings
     return Study(
         database=cell.folder / f"{cell.method}.db",
-        name=study_name(settings, prepared, backbone_identity(settings)),
+        name=study_name(settings, prepared, cell.backbone),
         search=settings.search,
         baseline=baseline(settings),
     )
@@ -205,9 +211,10 @@ def _row_file(cell: Cell, prepared: Prepared, config: TrainConfig) -> Path:
         [
             config.to_mapping(),
             prepared.identity(),
-            backbone_identity(cell.settings),
+            cell.backbone,
             [torch.__version__, transformers.__version__],
             source_digest(Path(ptv2_core.__file__).parent),
+            sha256_file(Path(compare_items.__file__)),
             # a row of other fields cannot be read
             list(Row.__dataclass_fields__),
         ]
@@ -243,7 +250,7 @@ def _row(
         settings=shown_settings(config),
         history=tuple((one.epoch, one.train_loss, one.dev_score) for one in history),
         test_metrics=test.metrics,
-        items=items_of(
+        items=compare_items.items_of(
             test.predictions, splits["test"], task, read_examples(cell.paths.prepared, "test")
         ),
     )

@@ -28,7 +28,7 @@ from pipelines.paths import TaskPaths
 from pipelines.settings import Settings
 from pipelines.stages import Progress, silent
 from pipelines.stages.prepare import Prepared
-from pipelines.stages.training import backbone_for
+from pipelines.stages.training import backbone_for, backbone_identity
 from pipelines.threads import available_cores, chosen_threads
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.errors import PTv2Error, TrainingError
@@ -75,9 +75,10 @@ def run(
         PTv2Error: A job's settings or data are wrong, or its process is gone; all that ended
             before is kept.
     """
+    identity = backbone_identity(settings.task(tasks[0]))  # all tasks have the same
     cells = [
         compare_jobs.cell_of(
-            settings.task(task), TaskPaths(root=settings.root, task=task), compare, method
+            settings.task(task), TaskPaths(root=settings.root, task=task), compare, method, identity
         )
         for task in tasks
         for method in compare.methods

@@ -77,11 +77,7 @@ def run(settings: Settings, name: str, progress: Progress = silent) -> list[Shar
     first = settings.task(chosen.tasks[0])
     with alone(checkpoint.file.with_suffix(".lock"), "multitask"):
         backbone = backbone_for(first, prepared[0], method=config.method, head=config.head)
-        model = _model(backbone, prepared, config)
-        sources = [
-            Source(slot=slot, task=one.task, train=one.splits["train"], dev=one.splits["dev"])
-            for slot, one in enumerate(prepared)
-        ]
+        model, sources = shared_model(backbone, prepared, config)
         for report in fit_together(
             model,
             sources,
@@ -142,9 +138,7 @@ def _chosen(settings: Settings, name: str) -> SharedPrompt:
             f"multitask: expected a name of a-z, 0-9, _ and -, which becomes a folder; got {name!r}"
         )
     if len(set(chosen.tasks)) < len(chosen.tasks):
-        raise ConfigError(
-            f"multitask.shared.{name}.tasks: expected each once, got {list(chosen.tasks)}"
-        )
+        raise ConfigError(f"{_place(name)}: expected each once, got {list(chosen.tasks)}")
     for task in chosen.tasks:
         settings.task(task)
     return chosen
@@ -159,23 +153,31 @@ def _check_alike(name: str, prepared: Sequence[Prepared]) -> None:
     forms = {one.task.name: one.task.form for one in prepared}
     if len(set(forms.values())) > 1:
         found = ", ".join(f"{task} answers {form}" for task, form in forms.items())
-        raise ConfigError(
-            f"multitask.shared.{name}.tasks: expected tasks that answer alike, got {found}"
-        )
+        raise ConfigError(f"{_place(name)}: expected tasks that answer alike, got {found}")
     if len({one.tokenizer_digest for one in prepared}) > 1:
         raise PipelineError(
             f"{_place(name)}: prepared with different tokenizers; run `ptv2 prepare` of each again"
         )
 
 
-def _model(backbone: Backbone, prepared: Sequence[Prepared], config: TrainConfig) -> PromptedModel:
-    """Return a model with a slot a task, all with the same prompt."""
+def shared_model(
+    backbone: Backbone, prepared: Sequence[Prepared], config: TrainConfig
+) -> tuple[PromptedModel, list[Source]]:
+    """Return a model with a slot a task, all with the same prompt, and what `fit_together` takes.
+
+    Raises:
+        ConfigError: The prompt is longer than the backbone's positions allow.
+    """
     for one in prepared:
         check_positions(backbone, config, list(one.splits.values()))
     slots = [new_slot(backbone, one.task, config, one.splits["train"]) for one in prepared]
     prompt = slots[0][0]
     bank = PromptBank(backbone.spec.shape, [(prompt, config.prompt)] * len(slots))
-    return PromptedModel(backbone, bank, [head for _, head in slots])
+    sources = [
+        Source(slot=slot, task=one.task, train=one.splits["train"], dev=one.splits["dev"])
+        for slot, one in enumerate(prepared)
+    ]
+    return PromptedModel(backbone, bank, [head for _, head in slots]), sources
 
 
 def _score(

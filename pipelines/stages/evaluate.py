@@ -80,22 +80,19 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         )
     weights = load_weights(paths.prompt, manifest)
     model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
-    progress("scoring dev", 0, 3)
-    dev = evaluate_model(
-        model,
-        prepared.splits["dev"],
-        prepared.task,
-        token_budget=TOKEN_BUDGET,
-        decoding=manifest.decoding,
-    )
-    progress("scoring test", 1, 3)
-    test = evaluate_model(
-        model,
-        prepared.splits["test"],
-        prepared.task,
-        token_budget=TOKEN_BUDGET,
-        decoding=manifest.decoding,
-    )
+    scored = []
+    for place, split in enumerate(("dev", "test")):
+        progress(f"scoring {split}", place, 3)
+        scored.append(
+            evaluate_model(
+                model,
+                prepared.splits[split],
+                prepared.task,
+                token_budget=TOKEN_BUDGET,
+                decoding=manifest.decoding,
+            )
+        )
+    dev, test = scored
     progress("probing the bare backbone", 2, 3)
     probed = _probe(settings, prepared, backbone, manifest) if settings.evaluate.probe else None
     result = EvaluateResult(

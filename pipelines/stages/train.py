@@ -110,10 +110,10 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             progress(what, report.step, report.total_steps)
         weights = Weights.of(model)
         result = _result(prepared, backbone, weights, report.history)
-        chosen = evaluate_model(
-            model, prepared.splits["dev"], prepared.task, token_budget=config.token_budget
-        )
         if team is None or team.rank == 0:
+            chosen = evaluate_model(
+                model, prepared.splits["dev"], prepared.task, token_budget=config.token_budget
+            )
             with replace_directory(paths.train) as folder:
                 write_json_atomic(folder / "metrics.json", asdict(result))
                 write_text_atomic(folder / "history.csv", _history_csv(report.history))

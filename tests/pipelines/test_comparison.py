@@ -27,6 +27,7 @@ from tests.pipelines.chain_parts import make_repository
 from tests.pipelines.processes import Running, environment, program, run
 from tests.stage_parts import PARAMS, call, change_params, make_workspace, read_params
 
+BACKBONE = ("sha256:0", "torch.float32", "cpu")
 METHODS = ("probe", "prompt_tuning", "ptv2", "finetune")
 SPACE = {"learning_rate": [1e-3, 1e-2]}
 SECTION: dict[str, Any] = {
@@ -157,7 +158,7 @@ def test_comparison_asks_again_where_template_or_windows_changed(prepared_once: 
     settings = load_settings(prepared_once / "params.yaml")
     paths = TaskPaths(root=prepared_once, task="intents")
     chosen = section(settings, methods=("probe",))
-    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe")
+    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe", BACKBONE)
     prepared = Prepared.load(paths.prepared)
     other = replace(prepared.task, template="{text} It was {mask}.")
     changed = (prepared, replace(prepared, task=other), replace(prepared, stride=7))
@@ -179,7 +180,7 @@ def test_comparison_of_no_trials_needs_no_ranges(prepared_once: Path) -> None:
     paths = TaskPaths(root=prepared_once, task="intents")
     space = settings.compare.space.model_copy(update={"probe": SearchSpace()})
     chosen = section(settings, space=space)
-    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe")
+    cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe", BACKBONE)
     assert compare_jobs.finished_search(cell) == compare_jobs.Found(changes={}, trials=())
 
 
@@ -194,7 +195,7 @@ def test_comparison_tries_first_what_lies_in_its_own_space(prepared_once: Path) 
     task = replace(task, search=task.search.model_copy(update={"first": asked}))
     chosen = section(settings, n_trials=2)
     firsts = {
-        method: compare_jobs.cell_of(task, paths, chosen, method).settings.search.first
+        method: compare_jobs.cell_of(task, paths, chosen, method, BACKBONE).settings.search.first
         for method in ("ptv2", "finetune")
     }
     assert firsts == {
