@@ -200,7 +200,9 @@ def compare(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Only this method; default: compare.methods."),
+        typer.Option(
+            "--method", "-m", help="Only this method or variant; default: compare.methods."
+        ),
     ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="This seed; may be repeated; default: compare.seeds.")
@@ -335,6 +337,38 @@ def report(workspace: Workspace = Path()) -> None:
 
     settings = load_settings(workspace / "params.yaml")
     _console().print(results_table(results.read_rows(settings.root, list(settings.tasks))))
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def inspect(
+    task: Annotated[str, typer.Argument(help="A task of params.yaml whose prompt is trained.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Look into a trained prompt: its attention, size, rank and gradients, layer by layer."""
+    target = None if json_file is None else json_file.absolute()
+    settings, paths = _task(workspace, task)
+    from pipelines import inspection as inspecting
+    from pipelines.console import layers_table
+    from pipelines.inspect_page import page
+    from pipelines.inspect_report import explain
+    from pipelines.threads import limit_threads
+    from ptv2_core.files import write_json_atomic, write_text_atomic
+
+    limit_threads()
+    found = inspecting.inspect(settings, paths)
+    explanation = explain(found)
+    write_text_atomic(paths.inspected, page(found, explanation))
+    if target is not None:
+        write_json_atomic(target, inspecting.to_json(found, explanation))
+    _console().print(layers_table(found))
+    for sentence in explanation:
+        _say(sentence)
+    for note in found.missing:
+        _say(f"missing   {note}")
+    _say(f"page      {paths.inspected} (open it in a browser)")
 
 
 @app.command(rich_help_panel=EVERYDAY)

@@ -16,6 +16,7 @@ from pipelines.stages import Progress as OnProgress
 
 if TYPE_CHECKING:
     from pipelines.doctor import Finding
+    from pipelines.inspection import Inspection
     from pipelines.multitask import Shared
 
 # a log is read later: a line now and then is enough
@@ -101,6 +102,19 @@ def findings_table(findings: Sequence["Finding"]) -> Table:
             shown.append(f"\n{finding.hint}", style="dim")
         state = Text(finding.state, style=STATE_STYLES[finding.state])
         table.add_row(Text(f"  {finding.name}"), state, shown)
+    return table
+
+
+def layers_table(inspection: "Inspection") -> Table:
+    """Return a row for each layer with a prompt, as `ptv2 inspect` shows it."""
+    from pipelines.inspect_report import HEADERS, cells
+
+    title = f"Prompt of {inspection.task}, {inspection.prompt_length} positions"
+    table = Table(title=title, title_justify="left")
+    for header in HEADERS:
+        table.add_column(header, justify="right")
+    for row in inspection.layers:
+        table.add_row(*(Text(cell) for cell in cells(row)))
     return table
 
 

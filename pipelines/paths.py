@@ -62,6 +62,11 @@ class TaskPaths:
         return self.results / "registered.json"
 
     @property
+    def inspected(self) -> Path:
+        """The page of `ptv2 inspect`, which is no output of a stage."""
+        return self.root / "results" / "inspect" / f"{self.task}.html"
+
+    @property
     def study(self) -> Path:
         """The search's database, kept between runs."""
         return self.root / ".ptv2" / "studies" / f"{self.task}.db"

@@ -37,11 +37,23 @@ from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.records import EpochRecord
+from ptv2_core.training.records import EpochRecord, TrainReport
 from ptv2_core.training.start import resolve_head
 
 GOLDEN_INPUTS = 4
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+LAYERS_FILE = "layers.csv"
+LAYER_COLUMNS = (
+    "layer",
+    "attention",
+    "gradient_norm",
+    "key_norm",
+    "value_norm",
+    "key_rank",
+    "value_rank",
+    "moved",
+)
+"""The columns of `layers.csv` behind `epoch`; names of `LayerRecord`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +112,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             trunk=trunk_cache(settings, paths),
             checkpoint=checkpoint,
             team=team,
+            diagnoses=True,
         )
         for report in reports:
             what = f"epoch {report.epoch} loss {report.train_loss:.4f}"
@@ -117,6 +130,7 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
             with replace_directory(paths.train) as folder:
                 write_json_atomic(folder / "metrics.json", asdict(result))
                 write_text_atomic(folder / "history.csv", _history_csv(report.history))
+                write_text_atomic(folder / LAYERS_FILE, _layers_csv(report))
             save_prompt(
                 paths.prompt,
                 weights,
@@ -167,7 +181,20 @@ def _result(
 
 def _history_csv(history: Sequence[EpochRecord]) -> str:
     rows = [{**asdict(record), "is_best": int(record.is_best)} for record in history]
+    for row in rows:
+        del row["layers"]
     return csv_text(rows[0], [row.values() for row in rows])
+
+
+def _layers_csv(report: TrainReport) -> str:
+    """Return a row for each layer at the end of each epoch; epoch 0 is the start."""
+    epochs = [(0, report.start_layers), *((one.epoch, one.layers) for one in report.history)]
+    rows = [
+        [epoch, *(getattr(layer, name) for name in LAYER_COLUMNS)]
+        for epoch, layers in epochs
+        for layer in layers
+    ]
+    return csv_text(["epoch", *LAYER_COLUMNS], rows)
 
 
 def save_prompt(

@@ -255,8 +255,9 @@ def start_training(
     trunk: TrunkCache | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
+    diagnoses: bool = False,
 ) -> tuple[PromptedModel, Iterator[TrainReport]]:
-    """Return a new model and the generator that trains it; the last three as for `fit`.
+    """Return a new model and the generator that trains it; the last four as for `fit`.
 
     A backbone that is to be tuned is copied for the model.
 
@@ -275,5 +276,6 @@ def start_training(
         trunk=trunk,
         checkpoint=checkpoint,
         team=team,
+        diagnoses=diagnoses,
     )
     return model, reports

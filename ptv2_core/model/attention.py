@@ -21,6 +21,25 @@ ATTENTION_NAME = "ptv2"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What one layer computed of a batch's tokens, without gradients.
+
+    Attributes:
+        layer: Which; 0 is the lowest.
+        query: `[B, N, T, D]`.
+        key: `[B, N, T, D]`.
+        value: `[B, N, T, D]`.
+        scaling: The layer's factor on the scores.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """The prompts of one batch, for every layer.
 
@@ -28,12 +47,12 @@ class PromptBatch:
         layers: Each layer's keys and values; None where no row has a prompt.
         masks: For each layer `[B, 1, 1, S]`, 0 where a key is seen and minus infinity where not;
             None: all are seen.
-        captured: Where given, every layer appends its own tokens' keys and values to it.
+        captured: Where given, every layer appends to it what it computed of its own tokens.
     """
 
     layers: Sequence[LayerPrompt | None]
     masks: Sequence[Tensor | None]
-    captured: list[tuple[Tensor, Tensor]] | None = field(default=None)
+    captured: list[Captured] | None = field(default=None)
 
     @classmethod
     def of(
@@ -41,7 +60,7 @@ class PromptBatch:
         layers: Sequence[LayerPrompt | None],
         token_mask: Tensor,
         dtype: torch.dtype,
-        captured: list[tuple[Tensor, Tensor]] | None = None,
+        captured: list[Captured] | None = None,
     ) -> "PromptBatch":
         """Make the masks of each layer, one for layers that are alike.
 
@@ -148,9 +167,17 @@ def prompted_attention(
         dropout: Probability of dropping an attention weight; 0 unless the backbone trains.
         prompts: The batch's prompts and mask.
     """
-    if prompts.captured is not None:
-        prompts.captured.append((key.detach(), value.detach()))
     place = int(module.layer_idx)  # type: ignore[arg-type]
+    if prompts.captured is not None:
+        prompts.captured.append(
+            Captured(
+                layer=place,
+                query=query.detach(),
+                key=key.detach(),
+                value=value.detach(),
+                scaling=scaling,
+            )
+        )
     prompt, mask = prompts.layers[place], prompts.masks[place]
     if prompt is not None:
         rows = query.shape[0]

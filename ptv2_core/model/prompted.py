@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_core.config import PromptConfig
-from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.attention import Captured, PromptBatch
 from ptv2_core.model.backbones.base import Backbone, Encoded, Trunk
 from ptv2_core.model.heads import LinearHead, reads_first_token
 from ptv2_core.model.prompts import NO_SLOT, PromptBank
@@ -108,7 +108,7 @@ class PromptedModel(nn.Module):
         first_token_only: bool = False,
         read_at: Tensor | None = None,
         recompute: bool = False,
-        captured: list[tuple[Tensor, Tensor]] | None = None,
+        captured: list[Captured] | None = None,
     ) -> Encoded:
         """Run the backbone once for rows of any slots.
 
@@ -122,7 +122,7 @@ class PromptedModel(nn.Module):
             first_token_only: Whether only the first token's states are wanted.
             read_at: `[B]`, each row's mask token, where a head reads it.
             recompute: Whether activations are computed again in the backward pass, not kept.
-            captured: Where given, receives every layer's keys and values of the tokens.
+            captured: Where given, receives what every layer computed of the tokens.
         """
         backbone = self.backbone
         dtype = backbone.states_dtype
@@ -295,7 +295,7 @@ def sample_keys_and_values(
         count: P, how many tokens to sample; with replacement where there are fewer.
         seed: Of the sample.
     """
-    captured: list[tuple[Tensor, Tensor]] = []
+    captured: list[Captured] = []
     bare = torch.full((input_ids.shape[0],), NO_SLOT)
     model.encode(input_ids, token_mask, slots=bare, captured=captured)
     places = token_mask.nonzero().cpu()  # [tokens, 2]: row and position
@@ -305,7 +305,7 @@ def sample_keys_and_values(
         order = order.repeat(-(-count // len(order)))
     rows, positions = places[order[:count]].unbind(dim=1)
     layers = [
-        torch.stack([states[rows, :, positions].transpose(0, 1) for states in pair])
-        for pair in captured  # keys and values are [B, N, T, D]
+        torch.stack([states[rows, :, positions].transpose(0, 1) for states in (one.key, one.value)])
+        for one in captured  # keys and values are [B, N, T, D]
     ]
     return torch.stack(layers).float().cpu()

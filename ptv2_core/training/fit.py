@@ -25,11 +25,18 @@ def fit(
     trunk: TrunkCache | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
+    diagnoses: bool = False,
 ) -> Iterator[TrainReport]:
     """Train slot 0 of a model on one data set; see `fit_together`, whose case of one this is."""
     source = Source(slot=0, task=task, train=train, dev=dev)
     return fit_together(
-        model, [source], config=config, trunk=trunk, checkpoint=checkpoint, team=team
+        model,
+        [source],
+        config=config,
+        trunk=trunk,
+        checkpoint=checkpoint,
+        team=team,
+        diagnoses=diagnoses,
     )
 
 
@@ -42,6 +49,7 @@ def fit_together(
     trunk: TrunkCache | None = None,
     checkpoint: Checkpoint | None = None,
     team: Team | None = None,
+    diagnoses: bool = False,
 ) -> Iterator[TrainReport]:
     """Train a model on data sets that share a prompt (paper, MPT-2).
 
@@ -58,6 +66,8 @@ def fit_together(
             safe. None: a killed training starts again.
         team: The processes among which every batch is divided; the first of them writes the
             checkpoint. None: this one alone.
+        diagnoses: Whether the start and every epoch are recorded layer by layer; of several data
+            sets, on the dev rows of the first.
 
     Yields:
         A report a step; of a training that goes on from a checkpoint, first the place where.
@@ -68,7 +78,13 @@ def fit_together(
             the checkpoint is damaged, or cannot be written.
     """
     learner = Learner(
-        model, sources, config=config, temperature=temperature, trunk=trunk, team=team
+        model,
+        sources,
+        config=config,
+        temperature=temperature,
+        trunk=trunk,
+        team=team,
+        diagnoses=diagnoses,
     )
     fingerprint = learner.fingerprint() if checkpoint else ""
     writer = checkpoint if team is None or team.rank == 0 else None

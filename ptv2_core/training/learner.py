@@ -34,6 +34,7 @@ from ptv2_core.training.optim import learning_rate_factor, make_optimizer, set_l
 from ptv2_core.training.records import Best, EpochRecord, TrainReport
 from ptv2_core.training.sources import Source, Step, plan_epoch
 from ptv2_core.training.trunk import TrunkCache, digest_arrays
+from ptv2_core.training.watch import LayerWatch
 
 CORE = Path(__file__).parents[1]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,6 +73,7 @@ class Learner:
         temperature: float = 1.0,
         trunk: TrunkCache | None = None,
         team: Team | None = None,
+        diagnoses: bool = False,
     ) -> None:
         """Stand before the first step.
 
@@ -82,6 +84,7 @@ class Learner:
             temperature: Of the mixture of several sources, as for `plan_epoch`.
             trunk: Where to keep the states below the first prompt; None computes them each time.
             team: The processes among which every batch is divided; None: this one alone.
+            diagnoses: Whether the start and every epoch are recorded layer by layer.
 
         Raises:
             ConfigError: Backbone dropout in a team, whose draws would depend on its size.
@@ -118,6 +121,7 @@ class Learner:
         self._best = Best(self._parameters)
         self._losses: list[float] = []
         self._place = 0
+        self._watch = LayerWatch(model, sources[0], config) if diagnoses else None
         self._began = time.monotonic()
         self._batches = self._plan(0)
         self.total_steps = sum(len(self._plan(epoch)) for epoch in range(config.epochs))
@@ -192,6 +196,7 @@ class Learner:
             learning_rate=self.config.learning_rate * factor,
             grad_norm=norm,
             history=self.history,
+            start_layers=self._watch.start if self._watch else (),
         )
         return self._end_epoch(report) if self._place == len(self._batches) else report
 
@@ -222,6 +227,7 @@ class Learner:
             "backbone": [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
             # cached states differ in their last bits from those of a batch
             "trunk": [one is not None for states in self._states for one in states],
+            "diagnoses": self._watch is not None,
             "versions": [torch.__version__, transformers.__version__, source_digest(CORE)],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -242,6 +248,7 @@ class Learner:
             "history": [asdict(record) for record in self.history],
             "best": self._best.counters(),
             "seconds": time.monotonic() - self._began,
+            "watch": self._watch.counters() if self._watch else None,
         }
         return Snapshot(tensors=tensors, counters=counters)
 
@@ -262,7 +269,9 @@ class Learner:
         self.step, self.epoch = counters["step"], counters["epoch"]
         self._began = time.monotonic() - counters["seconds"]
         self._place, self._losses = counters["place"], list(counters["losses"])
-        self.history = [EpochRecord(**record) for record in counters["history"]]
+        self.history = [EpochRecord.from_mapping(record) for record in counters["history"]]
+        if self._watch is not None:
+            self._watch.resume(counters["watch"])
         self._batches = self._plan(self.epoch) if self.epoch < self.config.epochs else []
         return TrainReport(
             step=self.step,
@@ -273,6 +282,7 @@ class Learner:
             grad_norm=0.0,
             history=self.history,
             is_resumed=True,
+            start_layers=self._watch.start if self._watch else (),
         )
 
     # Steps
@@ -335,6 +345,8 @@ class Learner:
             shared = torch.tensor([loss], dtype=torch.float64, device=gradients[0].device)
             self._team.sum([*gradients, shared])
             loss = float(shared)
+        if self._watch is not None:
+            self._watch.add_gradients()
         return loss, float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
     def _evaluate(self) -> Evaluation:
@@ -364,6 +376,7 @@ class Learner:
             learning_rate=report.learning_rate,
             is_best=is_best,
             seconds=time.monotonic() - self._began,
+            layers=self._watch.end_epoch() if self._watch else (),
         )
         self.history = [*self.history, record]
         self._losses, self._place = [], 0
@@ -378,6 +391,7 @@ class Learner:
             history=self.history,
             evaluation=evaluation,
             is_best=is_best,
+            start_layers=report.start_layers,
         )
 
 

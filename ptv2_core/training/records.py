@@ -1,13 +1,40 @@
 """What a training says of itself, and the best of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_core.evaluation.scoring import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What the prompt of one layer was at the end of an epoch.
+
+    Attributes:
+        layer: Which; 0 is the lowest.
+        attention: As in `LayerFigures`, measured on dev, like the next four.
+        key_norm: Likewise.
+        value_norm: Likewise.
+        key_rank: Likewise.
+        value_rank: Likewise.
+        moved: Norm of the change since the start, as a share of the norm of the prompt.
+        gradient_norm: Of the loss with respect to the layer's prompt before clipping, mean over
+            the epoch's steps; None at the start, and where an MLP makes the prompt.
+    """
+
+    layer: int
+    attention: float
+    key_norm: float
+    value_norm: float
+    key_rank: float
+    value_rank: float
+    moved: float
+    gradient_norm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +49,7 @@ class EpochRecord:
         learning_rate: Of the prompt in its last step.
         is_best: Whether it was the best so far.
         seconds: Of training until its end, those before a resume too.
+        layers: Of each layer with a prompt, where that was asked for.
     """
 
     epoch: int
@@ -31,6 +59,12 @@ class EpochRecord:
     learning_rate: float
     is_best: bool
     seconds: float = field(compare=False)
+    layers: tuple[LayerRecord, ...] = ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "EpochRecord":
+        """Return the record whose `asdict` this is, as JSON gives it back."""
+        return cls(**{**values, "layers": tuple(LayerRecord(**one) for one in values["layers"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +82,7 @@ class TrainReport:
         evaluation: On dev, at the end of an epoch.
         is_best: Whether that evaluation is the best so far.
         is_resumed: Whether this is no step, but the place from which a killed training goes on.
+        start_layers: Of each layer with a prompt before the first step, where that was asked for.
     """
 
     step: int
@@ -60,6 +95,7 @@ class TrainReport:
     evaluation: Evaluation | None = None
     is_best: bool = False
     is_resumed: bool = False
+    start_layers: tuple[LayerRecord, ...] = ()
 
 
 class Best:

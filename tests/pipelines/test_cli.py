@@ -147,6 +147,7 @@ def test_cli_stages_write_exactly_these_files(
         "search/search.html",
         "search/trials.csv",
         "train/history.csv",
+        "train/layers.csv",
         "train/metrics.json",
     ]
 

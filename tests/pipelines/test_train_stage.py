@@ -135,6 +135,8 @@ def assert_same_training(root: Path, expected: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     assert history(root) == history(expected)
     assert len(history(root)) == EPOCHS
+    mine, wanted = (paths_of(r).train / "layers.csv" for r in (root, expected))
+    assert mine.read_bytes() == wanted.read_bytes()
     assert files(paths_of(root).checkpoint.parent) == ["intents.lock"]
 
 
