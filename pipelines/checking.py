@@ -1,8 +1,8 @@
 """One section of params.yaml: plain values in, a frozen object or problems in words out."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -87,11 +87,16 @@ def _place(model: type[BaseModel], error: ErrorDetails) -> Where:
         return error["loc"]
     place: Where = ()
     current: type[BaseModel] | None = model
+    is_name = False
     for step in error["loc"]:
-        fields = current.model_fields if current is not None else {}
+        fields = current.model_fields if current is not None and not is_name else {}
         if step in fields:
-            current = _nested_model(fields[str(step)].annotation)
-        elif not isinstance(step, int):
+            annotation = fields[str(step)].annotation
+            current = _nested_model(annotation)
+            is_name = get_origin(annotation) is Mapping  # of the next step: a name that users give
+        elif is_name or isinstance(step, int):
+            is_name = False
+        else:
             break
         place = (*place, step)
     return place

@@ -1,4 +1,7 @@
-"""What `ptv2 compare` compares: final runs, trials, data. Values only; no statistics.
+"""What `ptv2 compare` compares: final runs, trials, windows, data. Values only; no statistics.
+
+What is compared goes by a name: that of a method, or that of a variant, which is a method with
+settings of its own.
 
 Letters: I test items, F features of an item.
 """
@@ -69,7 +72,7 @@ class Row:
 
     Attributes:
         task: The task.
-        method: How it was tuned.
+        method: The name of what was tuned: a method, or a variant.
         seed: Of start, order and dropout.
         metric: The score.
         dev: Score on dev, 0 to 1 (a correlation: -1 to 1).
@@ -86,7 +89,7 @@ class Row:
     """
 
     task: str
-    method: Method
+    method: str
     seed: int
     metric: str
     dev: float
@@ -108,7 +111,7 @@ class Trial:
 
     Attributes:
         task: The task.
-        method: How it was tuned.
+        method: The name of what was tuned.
         number: The study's.
         value: Best dev score; none where it failed.
         settings: What was tried.
@@ -116,7 +119,7 @@ class Trial:
     """
 
     task: str
-    method: Method
+    method: str
     number: int
     value: float | None
     settings: Mapping[str, Any]
@@ -147,17 +150,77 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method with settings of its own.
+
+    Attributes:
+        name: What it goes by.
+        method: What it is.
+        changes: What it lays over the settings of `train`.
+    """
+
+    name: str
+    method: Method
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRun:
+    """One training at one learning rate of a window.
+
+    Attributes:
+        task: The task.
+        method: The name of what was tuned.
+        seed: Of start, order and dropout.
+        learning_rate: Its peak.
+        dev: Best score on dev, 0 where it diverged.
+        is_diverged: Whether it could not go on, such as at a loss that is not finite.
+    """
+
+    task: str
+    method: str
+    seed: int
+    learning_rate: float
+    dev: float
+    is_diverged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Trainings over a range of learning rates around each name's own.
+
+    Attributes:
+        methods: The names, in the order of the tables.
+        factor: The highest rate by the lowest.
+        points: How many rates, evenly spaced in logs.
+        seeds: Of each.
+        train: What was laid over the settings of all of them.
+        moved: `(task, name)` whose range is not around its own rate, but below the highest that
+            its method allows.
+        runs: The trainings.
+    """
+
+    methods: tuple[str, ...]
+    factor: float
+    points: int
+    seeds: tuple[int, ...]
+    train: Mapping[str, Any]
+    moved: tuple[tuple[str, str], ...]
+    runs: tuple[WindowRun, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Tasks x methods x seeds, and how they came about.
 
     Attributes:
-        methods: All that were asked for, in the order of the tables.
+        methods: The names of all that were asked for, in the order of the tables.
         seeds: All that were asked for.
         tasks: All that were asked for.
         rows: The finished runs.
         trials: Of all searches.
         chosen_on: Which split chose the hyper-parameters, in words.
-        num_trials: Trials of a search, by method.
+        num_trials: Trials of a search, by name.
         backbone: Its name.
         backbone_parameters: Their number.
         backbone_layers: Its depth.
@@ -166,9 +229,11 @@ class Comparison:
         versions: Of the packages that matter.
         git_commit: Of the code; none outside a repository.
         results: Where the results are.
+        variants: Those among the names, and among those of the window.
+        window: Over learning rates; none where none was asked for.
     """
 
-    methods: tuple[Method, ...]
+    methods: tuple[str, ...]
     seeds: tuple[int, ...]
     tasks: tuple[TaskFacts, ...]
     rows: tuple[Row, ...]
@@ -183,6 +248,27 @@ class Comparison:
     versions: Mapping[str, str]
     git_commit: str | None
     results: str
+    variants: tuple[Variant, ...] = ()
+    window: Window | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that was trained: what is compared, then what only the window is about."""
+        return tuple(dict.fromkeys((*self.methods, *(self.window.methods if self.window else ()))))
+
+    @property
+    def subject(self) -> str | None:
+        """What all others are held against: P-Tuning v2, if it is there."""
+        return self.first_of("ptv2")
+
+    def method_of(self, name: str) -> str:
+        """Return the method of a name; that of no variant is a method's own."""
+        return next((one.method for one in self.variants if one.name == name), name)
+
+    def first_of(self, method: Method) -> str | None:
+        """Return the method's own name where it is compared, or else the first variant of it."""
+        found = [name for name in self.methods if self.method_of(name) == method]
+        return method if method in found else next(iter(found), None)
 
     def runs(self, task: str, method: str) -> list[Row]:
         """Return the finished runs of a task and method for the seeds asked for, by seed."""

@@ -1,4 +1,4 @@
-"""The work of a comparison: one search for each task and method, one training for each seed.
+"""The work of a comparison: one search for each task and name, one training for each seed.
 
 A job is a function of plain values, so that it can run in a process of its own. What it finds is a
 file; a job whose file is there is not run again.
@@ -46,18 +46,18 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A task and a method.
+    """A task, and a method or a variant of one.
 
     Attributes:
         settings: Of the task, with what the method changes and its search laid over them.
         paths: Where its data and the comparison's own files are.
-        method: Which.
+        name: Of the method or the variant.
         backbone: As `backbone_identity` gives it: asked for once, since it reads all weights.
     """
 
     settings: TaskSettings
     paths: TaskPaths
-    method: Method
+    name: str
     backbone: tuple[str, str, str]
 
     @property
@@ -70,17 +70,17 @@ def cell_of(
     settings: TaskSettings,
     paths: TaskPaths,
     compare: CompareSettings,
-    method: Method,
+    name: str,
     backbone: tuple[str, str, str],
 ) -> Cell:
-    """Return the settings of a task under a method.
+    """Return the settings of a task under a method or a variant.
 
     Raises:
-        ConfigError: What the method changes does not fit the settings of `train`.
+        ConfigError: What it changes does not fit the settings of `train`.
     """
-    changes: Mapping[str, Any] = getattr(compare.train, method)
-    train = overlay(settings.train, {"method": method, "init_from": None, **changes})
-    space: SearchSpace = getattr(compare.space, method)
+    method, space = compare.method_of(name), compare.space_of(name)
+    changes = {"method": method, "init_from": None, **compare.changes_of(name)}
+    train = overlay(settings.train, changes)
     search = settings.search.model_copy(
         update={
             "n_trials": compare.n_trials,
@@ -93,7 +93,7 @@ def cell_of(
     if compare.n_trials:
         search = reachable(search, train)
     own = replace(settings, train=train, search=search)
-    return Cell(settings=own, paths=paths, method=method, backbone=backbone)
+    return Cell(settings=own, paths=paths, name=name, backbone=backbone)
 
 
 def _first(search: SearchSettings, space: SearchSpace) -> tuple[FirstTrial, ...]:
@@ -137,7 +137,7 @@ def search(cell: Cell, threads: int) -> Found:
     Raises:
         PTv2Error: As the stage `search`.
     """
-    _begin(threads)
+    begin(threads)
     settings, paths = cell.settings, cell.paths
     prepared = Prepared.load(paths.prepared)
     backbone = backbone_for(settings, prepared)
@@ -150,7 +150,7 @@ def search(cell: Cell, threads: int) -> Found:
 def _study(cell: Cell, prepared: Prepared) -> Study:
     settings = cell.settings
     return Study(
-        database=cell.folder / f"{cell.method}.db",
+        database=cell.folder / f"{cell.name}.db",
         name=study_name(settings, prepared, cell.backbone),
         search=settings.search,
         baseline=baseline(settings),
@@ -161,7 +161,7 @@ def _found(cell: Cell, study: Study) -> Found:
     trials = tuple(
         Trial(
             task=cell.settings.name,
-            method=cell.method,
+            method=cell.name,
             number=trial.number,
             value=trial.value,
             settings=trial.params,
@@ -185,7 +185,7 @@ def train(cell: Cell, changes: Mapping[str, Any], seed: int, threads: int) -> Ro
     Raises:
         PTv2Error: As the stages `train` and `evaluate`; or another process does the same.
     """
-    _begin(threads)
+    begin(threads)
     settings, paths = cell.settings, cell.paths
     prepared = Prepared.load(paths.prepared)
     config = _config(cell, changes, seed)
@@ -207,19 +207,23 @@ def _config(cell: Cell, changes: Mapping[str, Any], seed: int) -> TrainConfig:
 
 def _row_file(cell: Cell, prepared: Prepared, config: TrainConfig) -> Path:
     """Return where a row is kept: its name changes with everything it depends on."""
-    key = _key(
-        [
-            config.to_mapping(),
-            prepared.identity(),
-            cell.backbone,
-            [torch.__version__, transformers.__version__],
-            source_digest(Path(ptv2_core.__file__).parent),
-            sha256_file(Path(compare_items.__file__)),
-            # a row of other fields cannot be read
-            list(Row.__dataclass_fields__),
-        ]
-    )
-    return cell.folder / f"{cell.method}-{config.seed}-{key}.json"
+    # a row of other fields cannot be read
+    others = [sha256_file(Path(compare_items.__file__)), list(Row.__dataclass_fields__)]
+    key = training_key(cell, prepared, config, others)
+    return cell.folder / f"{cell.name}-{config.seed}-{key}.json"
+
+
+def training_key(cell: Cell, prepared: Prepared, config: TrainConfig, others: Sequence[Any]) -> str:
+    """Return a text that changes with everything a training depends on, and with some more."""
+    parts = [
+        config.to_mapping(),
+        prepared.identity(),
+        cell.backbone,
+        [torch.__version__, transformers.__version__],
+        source_digest(Path(ptv2_core.__file__).parent),
+        *others,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _row(
@@ -237,7 +241,7 @@ def _row(
     weights = Weights.of(model)
     return Row(
         task=cell.settings.name,
-        method=cell.method,
+        method=cell.name,
         seed=config.seed,
         metric=task.metric,
         dev=dev.score,
@@ -277,11 +281,7 @@ def shown_settings(config: TrainConfig) -> dict[str, Any]:
     return {**own.get(config.method, {}), **shared}
 
 
-def _key(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _begin(threads: int) -> None:
+def begin(threads: int) -> None:
     """Make this process one of a comparison: so many threads, and an end when it ends."""
     torch.set_num_threads(threads)
     if multiprocessing.parent_process() is not None:

@@ -4,15 +4,24 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.compare_data import Comparison, Row, TaskFacts, Trial
+from pipelines.compare_data import (
+    Comparison,
+    Row,
+    TaskFacts,
+    Trial,
+    Variant,
+    Window,
+    WindowRun,
+)
 from pipelines.compare_stats import Average, Cell, Difference, Summary
+from pipelines.compare_windows import summarise_windows
 from pipelines.errors import PipelineError
 
 FORMAT = "ptv2-comparison-1"
 
 
 def to_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
-    """Return plain values: `rows`, `summary`, `differences`, `average`, and what else there is.
+    """Return plain values: `rows`, `summary`, `differences`, `average`, `window`, and more.
 
     The test items of a row are left out: they are large, and what is computed from them is there.
     """
@@ -20,6 +29,15 @@ def to_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
     for row in facts["rows"]:
         del row["items"]
     numbers = asdict(summary)
+    windows = summarise_windows(comparison, summary)
+    if windows is not None:
+        facts["window"] |= {
+            "summary": [
+                {**asdict(cell), "best": cell.best, "best_rate": cell.best_rate}
+                for cell in windows.cells
+            ],
+            "average": [asdict(one) for one in windows.averages],
+        }
     return {
         "format": FORMAT,
         "rows": facts.pop("rows"),
@@ -77,6 +95,21 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
         versions=values["versions"],
         git_commit=values["git_commit"],
         results=values["results"],
+        # files of an older version have neither
+        variants=tuple(Variant(**one) for one in values.get("variants", ())),
+        window=_window(values["window"]) if values.get("window") else None,
+    )
+
+
+def _window(values: Mapping[str, Any]) -> Window:
+    return Window(
+        methods=tuple(values["methods"]),
+        factor=values["factor"],
+        points=values["points"],
+        seeds=tuple(values["seeds"]),
+        train=values["train"],
+        moved=tuple(tuple(place) for place in values["moved"]),
+        runs=tuple(WindowRun(**run) for run in values["runs"]),
     )
 
 

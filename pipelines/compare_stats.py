@@ -1,4 +1,4 @@
-"""Numbers of a comparison of methods: spread over seeds, averages, paired bootstrap. Pure numpy.
+"""Numbers of a comparison: spread over seeds, averages, paired bootstrap, windows. Pure numpy.
 
 Letters: R resamples, I test items, F features of an item.
 """
@@ -12,14 +12,15 @@ import numpy as np
 
 from pipelines.compare_data import Comparison, FloatArray, ItemKind, Items, Row
 from pipelines.errors import PipelineError
-from ptv2_core.config import Method
 
-SUBJECT: Method = "ptv2"
-"""The method whose difference to each other one is computed."""
 RESAMPLES = 5000
 CHUNK_VALUES = 1 << 20
 """Counts drawn at once, [resamples, items]; 8 MiB, whatever the size of a test split."""
 SCORE_TOLERANCE = 1e-3
+WINDOW_TOLERANCE = 0.01
+"""How far below the best score a window reaches."""
+ROUNDING = 1e-9
+"""Scores this close count as equal: 0.9 - 0.01 is not quite 0.89."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Cell:
     """
 
     task: str
-    method: Method
+    method: str
     metric: str
     seeds: tuple[int, ...]
     dev: float
@@ -65,11 +66,15 @@ class Average:
         method: The method.
         test: Mean over tasks of the mean over seeds.
         test_sd: Sample standard deviation, over seeds, of the mean over tasks; none for one seed.
+        spread: Mean over tasks of the sample standard deviation over seeds; none for one seed.
+        worst: Lowest over seeds of the mean over tasks; none in a file of an older version.
     """
 
-    method: Method
+    method: str
     test: float
     test_sd: float | None
+    spread: float | None = None
+    worst: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +92,8 @@ class Difference:
     """
 
     task: str | None
-    method: Method
-    other: Method
+    method: str
+    other: str
     value: float
     low: float | None = None
     high: float | None = None
@@ -109,7 +114,7 @@ class Summary:
         complete_tasks: Those that all methods finished for all seeds: what averages are over.
         missing: `(task, method, seeds)` that have not finished.
         averages: A method each; empty without a complete task.
-        differences: Of `SUBJECT` and each other method, for each task.
+        differences: Of the comparison's subject and each other method, for each task.
         average_differences: Likewise, over the complete tasks.
         resamples: R.
         seed: Of the resamples.
@@ -195,6 +200,43 @@ def interval(differences: FloatArray) -> tuple[float, float, float]:
     side = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())
     p_value = min(1.0, 2.0 * (side + 1) / (len(differences) + 1))
     return float(low), float(high), float(p_value)
+
+
+def share_at_least(rates: Sequence[float], scores: Sequence[float], level: float) -> float:
+    """Return the share of a range of rates, in logs, in which the score is at least `level`.
+
+    Between two rates the score is a straight line over the logarithm of the rate.
+
+    Args:
+        rates: Two or more above 0, lowest first.
+        scores: One a rate.
+        level: The score.
+    """
+    places = np.log(np.asarray(rates, dtype=np.float64))
+    above = np.asarray(scores, dtype=np.float64) - level + ROUNDING
+    assert len(places) == len(above) > 1, "a range has two ends, and a score at each rate"
+    widths = np.diff(places)
+    assert (widths > 0).all(), "rates are in their order"
+    low, high = np.minimum(above[:-1], above[1:]), np.maximum(above[:-1], above[1:])
+    # of a line that crosses the level, the part above it
+    crossing = np.divide(high, high - low, out=np.zeros_like(high), where=high > low)
+    inside = np.where(low >= 0, 1.0, np.where(high < 0, 0.0, crossing))
+    return float((inside * widths).sum() / widths.sum())
+
+
+def window(
+    rates: Sequence[float], scores: Sequence[float], tolerance: float = WINDOW_TOLERANCE
+) -> float:
+    """Return the share of a range of rates, in logs, in which the score is near its best.
+
+    Several separate intervals count together.
+
+    Args:
+        rates: Two or more above 0, lowest first.
+        scores: One a rate, 0 to 1.
+        tolerance: How far below the best of them still is near.
+    """
+    return share_at_least(rates, scores, max(scores) - tolerance)
 
 
 def summarise(comparison: Comparison, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
@@ -295,8 +337,11 @@ def _averages(comparison: Comparison, complete: Sequence[str]) -> Iterator[Avera
         return
     for method in comparison.methods:
         scores = [[row.test for row in comparison.runs(task, method)] for task in complete]
-        test, test_sd = mean_sd([fmean(of_seed) for of_seed in zip(*scores, strict=True)])
-        yield Average(method=method, test=test, test_sd=test_sd)
+        of_seeds = [fmean(of_seed) for of_seed in zip(*scores, strict=True)]
+        test, test_sd = mean_sd(of_seeds)
+        spreads = [sd for _, sd in map(mean_sd, scores) if sd is not None]
+        spread = fmean(spreads) if spreads else None
+        yield Average(method=method, test=test, test_sd=test_sd, spread=spread, worst=min(of_seeds))
 
 
 def _draws(
@@ -325,19 +370,22 @@ def _differences(
     over: Sequence[str],
     draws: Mapping[str, dict[str, FloatArray] | None],
 ) -> Iterator[Difference]:
-    """Yield the differences of `SUBJECT` and each other method, averaged over some tasks."""
+    """Yield the differences of the subject and each other method, averaged over some tasks."""
+    subject = comparison.subject
+    if subject is None:
+        return
     for other in comparison.methods:
-        runs = [(comparison.runs(name, SUBJECT), comparison.runs(name, other)) for name in over]
-        if other == SUBJECT or not runs or not all(ours and theirs for ours, theirs in runs):
+        runs = [(comparison.runs(name, subject), comparison.runs(name, other)) for name in over]
+        if other == subject or not runs or not all(ours and theirs for ours, theirs in runs):
             continue
         drawn = [found for name in over if (found := draws[name]) is not None]
         ends: dict[str, float] = {}
         if len(drawn) == len(over):
-            between = np.mean([found[SUBJECT] - found[other] for found in drawn], axis=0)
+            between = np.mean([found[subject] - found[other] for found in drawn], axis=0)
             ends = dict(zip(("low", "high", "p_value"), interval(between), strict=True))
         yield Difference(
             task=task,
-            method=SUBJECT,
+            method=subject,
             other=other,
             value=fmean(
                 fmean(row.test for row in ours) - fmean(row.test for row in theirs)

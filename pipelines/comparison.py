@@ -1,4 +1,4 @@
-"""`ptv2 compare`: tasks x methods x seeds on the same data, loop and number of search trials.
+"""`ptv2 compare`: tasks x names x seeds on the same data, loop and number of search trials.
 
 The jobs run in processes side by side. Each is kept as it ends, so that a comparison that was
 stopped goes on, and one that is asked for more runs only that.
@@ -6,23 +6,33 @@ stopped goes on, and one that is asked for more runs only that.
 
 import platform
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines import compare_jobs
-from pipelines.compare_data import Comparison, Row, TaskFacts, Trial
+from pipelines import compare_jobs, compare_rates
+from pipelines.compare_data import (
+    Comparison,
+    Row,
+    TaskFacts,
+    Trial,
+    Variant,
+    Window,
+    WindowRun,
+)
+from pipelines.compare_jobs import Cell
 from pipelines.compare_json import to_json
 from pipelines.compare_page import page
 from pipelines.compare_report import markdown
 from pipelines.compare_stats import Summary, summarise
 from pipelines.dag import git_commit
 from pipelines.errors import PipelineError
-from pipelines.extra_settings import CompareSettings
+from pipelines.extra_settings import METHODS, CompareSettings
 from pipelines.jobs import Submit, side_by_side
 from pipelines.paths import TaskPaths
 from pipelines.settings import Settings
@@ -35,6 +45,8 @@ from ptv2_core.errors import PTv2Error, TrainingError
 from ptv2_core.files import write_json_atomic, write_text_atomic
 
 LIBRARIES = ("torch", "transformers", "optuna")
+Cells = Mapping[tuple[str, str], Cell]
+"""By task and name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +80,7 @@ def run(
     Args:
         settings: A checked params.yaml.
         tasks: Names of tasks whose data is prepared.
-        compare: Methods, seeds and searches.
+        compare: Names, seeds, searches and the window.
         progress: Told of each job that ends.
 
     Raises:
@@ -76,17 +88,17 @@ def run(
             before is kept.
     """
     identity = backbone_identity(settings.task(tasks[0]))  # all tasks have the same
-    cells = [
-        compare_jobs.cell_of(
-            settings.task(task), TaskPaths(root=settings.root, task=task), compare, method, identity
+    cells = {
+        (task, name): compare_jobs.cell_of(
+            settings.task(task), TaskPaths(root=settings.root, task=task), compare, name, identity
         )
         for task in tasks
-        for method in compare.methods
-    ]
+        for name in compare.names
+    }
     for task in tasks:  # data that is missing is told before anything is trained
         Prepared.load(TaskPaths(root=settings.root, task=task).prepared)
     work = _run_jobs(cells, compare, progress)
-    comparison = _comparison(settings, tasks, compare, work.rows, work.trials)
+    comparison = _comparison(settings, tasks, compare, cells, work)
     summary = summarise(comparison)
     folder = settings.root / "results" / "compare"
     write(comparison, summary, folder)
@@ -111,23 +123,35 @@ class _Work:
     ) -> None:
         self.rows: list[Row] = []
         self.trials: list[Trial] = []
+        self.window_runs: list[WindowRun] = []
         self.failed: list[str] = []
-        self.running: dict[Future[Any], tuple[str, compare_jobs.Cell]] = {}
+        self.running: dict[Future[Any], tuple[str, Callable[[Any], None]]] = {}
         self._compare, self._submit, self._threads = compare, submit, threads
         self._progress, self._done, self._total = progress, 0, total
 
-    def open(self, cell: compare_jobs.Cell) -> None:
+    def open(self, cell: Cell) -> None:
         """Begin a cell with its search, or with its trainings where it has been searched."""
         found = compare_jobs.finished_search(cell)
         if found is not None:
             self._searched(cell, found)
             return
-        job = self._submit(compare_jobs.search, cell, self._threads)
-        self.running[job] = (f"search {cell.settings.name} {cell.method}", cell)
+        what = f"search {cell.settings.name} {cell.name}"
+        self._start(what, partial(self._searched, cell), compare_jobs.search, cell)
+
+    def open_window(self, cell: Cell, seed: int) -> None:
+        """Train a cell at all rates of the window."""
+        window = self._compare.window
+        assert window is not None, "it has cells"
+        what = f"window of {cell.settings.name} {cell.name}, seed {seed}"
+        runs = compare_rates.finished_runs(cell, window, seed)
+        if runs is not None:
+            self._swept(what, runs)
+            return
+        self._start(what, partial(self._swept, what), compare_rates.train_all, cell, window, seed)
 
     def take(self, future: Future[Any]) -> None:
         """Take what a job found, and start what needs it."""
-        what, cell = self.running.pop(future)
+        what, on_result = self.running.pop(future)
         try:
             result = future.result()
         except TrainingError as error:
@@ -136,21 +160,23 @@ class _Work:
             return
         except PTv2Error as error:
             raise PipelineError(f"{what}: {error}") from error
-        if isinstance(result, Row):
-            self._trained(result)
-        else:
-            self._searched(cell, result)
+        on_result(result)
 
-    def _searched(self, cell: compare_jobs.Cell, found: compare_jobs.Found) -> None:
+    def _start(
+        self, what: str, on_result: Callable[[Any], None], job: Callable[..., Any], *arguments: Any
+    ) -> None:
+        self.running[self._submit(job, *arguments, self._threads)] = (what, on_result)
+
+    def _searched(self, cell: Cell, found: compare_jobs.Found) -> None:
         self.trials += found.trials
-        self._tell(f"{cell.settings.name} {cell.method} searched")
+        self._tell(f"{cell.settings.name} {cell.name} searched")
         for seed in self._compare.seeds:
             row = compare_jobs.finished_row(cell, found.changes, seed)
             if row is not None:
                 self._trained(row)
                 continue
-            job = self._submit(compare_jobs.train, cell, found.changes, seed, self._threads)
-            self.running[job] = (f"{cell.settings.name} {cell.method}, seed {seed}", cell)
+            what = f"{cell.settings.name} {cell.name}, seed {seed}"
+            self._start(what, self._trained, compare_jobs.train, cell, found.changes, seed)
 
     def _trained(self, row: Row) -> None:
         self.rows.append(row)
@@ -159,25 +185,35 @@ class _Work:
             f"{row.seconds:.0f} s"
         )
 
+    def _swept(self, what: str, runs: Sequence[WindowRun]) -> None:
+        self.window_runs += runs
+        best = max(runs, key=lambda run: run.dev)
+        self._tell(f"{what}: best dev {best.dev:.4f} at {best.learning_rate:.3g}")
+
     def _tell(self, what: str) -> None:
         self._done += 1
         self._progress(what, self._done, self._total)
 
 
-def _run_jobs(
-    cells: Sequence[compare_jobs.Cell], compare: CompareSettings, progress: Progress
-) -> _Work:
-    """Search every cell, then train it with every seed; as many at once as `parallel`."""
-    workers = min(compare.parallel, len(cells) * len(compare.seeds))
+def _run_jobs(cells: Cells, compare: CompareSettings, progress: Progress) -> _Work:
+    """Search each cell and train it with each seed, then the window; `parallel` jobs at once."""
+    compared = [cell for cell in cells.values() if cell.name in compare.methods]
+    window = compare.window
+    swept = [cell for cell in cells.values() if window and cell.name in window.methods]
+    sweeps = [(cell, seed) for cell in swept for seed in (window.seeds if window else ())]
+    workers = min(compare.parallel, len(compared) * len(compare.seeds) + len(sweeps))
     threads = chosen_threads(workers)
-    waiting = deque(cells)
     with side_by_side(workers) as submit:
-        total = len(cells) * (1 + len(compare.seeds))
+        total = len(compared) * (1 + len(compare.seeds)) + len(sweeps)
         work = _Work(compare, submit, threads, progress, total)
+        waiting = deque(
+            [partial(work.open, cell) for cell in compared]
+            + [partial(work.open_window, *sweep) for sweep in sweeps]
+        )
         while waiting or work.running:
             # a cell's trainings come before the next search: what is stopped has whole cells
             while waiting and len(work.running) < workers:
-                work.open(waiting.popleft())
+                waiting.popleft()()
             if work.running:
                 for future in wait(work.running, return_when=FIRST_COMPLETED).done:
                     work.take(future)
@@ -188,8 +224,8 @@ def _comparison(
     settings: Settings,
     tasks: Sequence[str],
     compare: CompareSettings,
-    rows: Sequence[Row],
-    trials: Sequence[Trial],
+    cells: Cells,
+    work: _Work,
 ) -> Comparison:
     prepared = {
         task: Prepared.load(TaskPaths(root=settings.root, task=task).prepared) for task in tasks
@@ -205,8 +241,8 @@ def _comparison(
         methods=compare.methods,
         seeds=compare.seeds,
         tasks=tuple(_facts(settings, task, prepared[task]) for task in tasks),
-        rows=tuple(sorted(rows, key=lambda row: (*place(row), row.seed))),
-        trials=tuple(sorted(trials, key=lambda trial: (*place(trial), trial.number))),
+        rows=tuple(sorted(work.rows, key=lambda row: (*place(row), row.seed))),
+        trials=tuple(sorted(work.trials, key=lambda trial: (*place(trial), trial.number))),
         chosen_on="dev; test was scored once, after the choice",
         num_trials=dict.fromkeys(compare.methods, compare.n_trials),
         backbone=backbone.spec.name,
@@ -217,6 +253,39 @@ def _comparison(
         versions={name: version(name) for name in LIBRARIES},
         git_commit=git_commit(settings.root)["commit"],
         results="results/compare",
+        variants=tuple(
+            Variant(name=name, method=compare.method_of(name), changes=compare.changes_of(name))
+            for name in compare.names
+            if name not in METHODS
+        ),
+        window=_window(tasks, compare, cells, work.window_runs),
+    )
+
+
+def _window(
+    tasks: Sequence[str], compare: CompareSettings, cells: Cells, runs: Sequence[WindowRun]
+) -> Window | None:
+    chosen = compare.window
+    if chosen is None:
+        return None
+    places = [(task, name) for task in tasks for name in chosen.methods]
+    return Window(
+        methods=chosen.methods,
+        factor=chosen.factor,
+        points=chosen.points,
+        seeds=chosen.seeds,
+        train=chosen.train,
+        moved=tuple(place for place in places if compare_rates.is_moved(cells[place], chosen)),
+        runs=tuple(
+            sorted(
+                runs,
+                key=lambda run: (
+                    places.index((run.task, run.method)),
+                    chosen.seeds.index(run.seed),
+                    run.learning_rate,
+                ),
+            )
+        ),
     )
 
 

@@ -1,20 +1,43 @@
 """The sections of params.yaml that no stage reads: `compare` and `multitask`."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
 
 from pipelines.schema import Conflicts, SearchSpace, Section, Seed, Whole
 from ptv2_core.config import Method, TrainConfig
+from ptv2_core.data.tasks import NAME_PATTERN
 from ptv2_core.errors import ConfigError
 
-# settings of train that a comparison sets itself: the method, and that all methods start anew
-SET_BY_COMPARE = ("method", "init_from")
+METHODS: tuple[Method, ...] = get_args(Method)
+SET_BY_COMPARE = "a comparison sets this itself; leave it out"
+# settings of train that a window sets itself
+SET_BY_WINDOW = ("method", "init_from", "learning_rate", "seed")
+
+DEFAULT_SPACES: Mapping[str, SearchSpace] = {
+    "probe": SearchSpace(learning_rate=(1e-3, 1e-1)),
+    "prompt_tuning": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
+    "ptv2": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2)),
+    "finetune": SearchSpace(learning_rate=(2e-5, 5e-4)),
+}
+DEFAULT_TRAINS: Mapping[str, Mapping[str, Any]] = {
+    "probe": {"learning_rate": 1e-2},
+    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"start": "backbone"}},
+    "ptv2": {},
+    "finetune": {"learning_rate": 1e-4, "backbone_dropout": True},
+}
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _over(defaults: Mapping[str, Any]) -> BeforeValidator:
+    """Return what lays a given mapping over the defaults, key by key."""
+    return BeforeValidator(
+        lambda value: {**defaults, **value} if isinstance(value, Mapping) else value
+    )
 
 
 def _train_conflicts(place: str, changes: Mapping[str, Any]) -> Conflicts:
@@ -26,86 +49,134 @@ def _train_conflicts(place: str, changes: Mapping[str, Any]) -> Conflicts:
     return []
 
 
-class MethodSpaces(Section):
-    """The ranges that the search of each method draws from."""
-
-    probe: SearchSpace = Field(
-        default=SearchSpace(learning_rate=(1e-3, 1e-1)), description="a mapping of ranges"
-    )
-    prompt_tuning: SearchSpace = Field(
-        default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
-        description="a mapping of ranges",
-    )
-    ptv2: SearchSpace = Field(
-        default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2)),
-        description="a mapping of ranges",
-    )
-    finetune: SearchSpace = Field(
-        default=SearchSpace(learning_rate=(2e-5, 5e-4)), description="a mapping of ranges"
-    )
+def _repeated(section: Section, *keys: str) -> Conflicts:
+    """Return the lists that name something twice."""
+    return [
+        (key, f"expected each once, got {list(values)}")
+        for key in keys
+        if len(set(values := getattr(section, key))) < len(values)
+    ]
 
 
-class MethodTrains(Section):
-    """What each method changes in the settings of `train`."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_tuple), Field(min_length=1)]
+SEEDS_WORDS = "a list of whole numbers from 0 to 4294967295"
+NAMES_WORDS = f"a list of {', '.join(METHODS)}, or of names under compare.train"
 
-    probe: Mapping[str, Any] = Field(
-        default={"learning_rate": 1e-2}, description="a mapping of settings of train"
-    )
-    prompt_tuning: Mapping[str, Any] = Field(
-        default={"learning_rate": 2e-2, "prompt": {"start": "backbone"}},
-        description="a mapping of settings of train",
-    )
-    ptv2: Mapping[str, Any] = Field(default={}, description="a mapping of settings of train")
-    finetune: Mapping[str, Any] = Field(
-        default={"learning_rate": 1e-4, "backbone_dropout": True},
-        description="a mapping of settings of train",
-    )
+
+class WindowSettings(Section):
+    """Trainings over a range of learning rates, which show how far off a rate may be."""
+
+    methods: Names = Field(description=NAMES_WORDS)
+    factor: float = Field(default=100.0, gt=1.0, le=1e6, description="a number above 1 to 1000000")
+    points: int = Field(default=9, ge=3, le=1000, description="a whole number from 3 to 1000")
+    seeds: Seeds = Field(default=(1,), description=SEEDS_WORDS)
+    train: Mapping[str, Any] = Field(default={}, description="a mapping of settings of train")
+
+    def conflicts(self) -> Conflicts:
+        """Refuse what is named twice, and settings that a window sets itself."""
+        return [
+            *_repeated(self, "methods", "seeds"),
+            *_train_conflicts("train", self.train),
+            *(
+                (f"train.{key}", "a window sets this itself; leave it out")
+                for key in SET_BY_WINDOW
+                if key in self.train
+            ),
+        ]
 
 
 class CompareSettings(Section):
-    """`ptv2 compare`."""
+    """`ptv2 compare`.
 
-    methods: Annotated[tuple[Method, ...], BeforeValidator(_tuple), Field(min_length=1)] = Field(
+    What is compared goes by a name: a method, or a variant, which is an entry of `train` under
+    another name that says which method it is.
+    """
+
+    methods: Names = Field(
         default=("probe", "prompt_tuning", "ptv2", "finetune"),
-        description="a list of probe, prompt_tuning, ptv2, finetune",
+        description=NAMES_WORDS,
     )
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_tuple), Field(min_length=1)] = Field(
-        default=(1, 2, 3), description="a list of whole numbers from 0 to 4294967295"
-    )
+    seeds: Seeds = Field(default=(1, 2, 3), description=SEEDS_WORDS)
     n_trials: int = Field(
         default=6, ge=0, le=100_000, description="a whole number from 0 (no search) to 100000"
     )
     parallel: Whole = Field(default=2, description="a whole number of trainings side by side >= 1")
-    space: MethodSpaces = Field(
-        default=MethodSpaces(), description="a mapping of methods to ranges as in search.space"
+    space: Annotated[Mapping[str, SearchSpace], _over(DEFAULT_SPACES)] = Field(
+        default=DEFAULT_SPACES, description="a mapping of methods to ranges as in search.space"
     )
-    train: MethodTrains = Field(
-        default=MethodTrains(), description="a mapping of methods to settings of train"
+    train: Annotated[Mapping[str, Mapping[str, Any]], _over(DEFAULT_TRAINS)] = Field(
+        default=DEFAULT_TRAINS, description="a mapping of methods to settings of train"
+    )
+    window: WindowSettings | None = Field(
+        default=None, description="null or {methods, factor, points, seeds, train}"
     )
 
+    def method_of(self, name: str) -> Method:
+        """Return the method of a name; a method's own name means itself."""
+        method: Method = self.train[name].get("method", name)
+        return method
+
+    def changes_of(self, name: str) -> Mapping[str, Any]:
+        """Return what a name lays over `train`, the method aside."""
+        return {key: value for key, value in self.train[name].items() if key != "method"}
+
+    def space_of(self, name: str) -> SearchSpace:
+        """Return the ranges of a name's search: its own, or else those of its method."""
+        return self.space.get(name, self.space[self.method_of(name)])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that is trained: what is compared, then what only the window is about."""
+        extra = () if self.window is None else self.window.methods
+        return tuple(dict.fromkeys((*self.methods, *extra)))
+
     def conflicts(self) -> Conflicts:
-        """Refuse what is named twice, and ranges that are upside down."""
-        found = []
-        for key in ("methods", "seeds"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                found.append((key, f"expected each once, got {list(values)}"))
-        for method in MethodTrains.model_fields:
-            place, changes = f"train.{method}", getattr(self.train, method)
-            found += _train_conflicts(place, changes)
-            found += [
-                (f"{place}.{key}", "a comparison sets this itself; leave it out")
-                for key in SET_BY_COMPARE
-                if key in changes
-            ]
-        for method in MethodSpaces.model_fields:
-            space: SearchSpace = getattr(self.space, method)
-            found += [(f"space.{method}.{key}", words) for key, words in space.conflicts()]
-            if self.n_trials and not space.model_dump(exclude_none=True):
-                found.append(
-                    (f"space.{method}", "expected a range for one setting at least, or n_trials: 0")
+        """Refuse what is named twice or means nothing, and ranges that are upside down."""
+        return [
+            *_repeated(self, "methods", "seeds"),
+            *self._unknown("methods", self.methods),
+            *self._train_conflicts(),
+            *self._space_conflicts(),
+            *self._window_conflicts(),
+        ]
+
+    def _unknown(self, place: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        for name in names:
+            if name not in self.train:
+                yield (
+                    place,
+                    f"expected {', '.join(METHODS)}, or a name with an entry under compare.train "
+                    f"that says its method, as {name}: {{method: ptv2}}; got {name!r}",
                 )
-        return found
+
+    def _train_conflicts(self) -> Iterator[tuple[str, str]]:
+        for name, changes in self.train.items():
+            place = f"train.{name}"
+            if not NAME_PATTERN.fullmatch(name):
+                grammar = "a lower-case letter, then up to 62 of a-z, 0-9, _ and -"
+                yield place, f"expected a name of {grammar}, got {name!r}"
+            yield from _train_conflicts(place, changes)
+            if "init_from" in changes:
+                yield f"{place}.init_from", SET_BY_COMPARE
+            if name in METHODS and "method" in changes:
+                yield f"{place}.method", f"{SET_BY_COMPARE}, or give the entry another name"
+            if name not in METHODS and "method" not in changes:
+                expected = " | ".join(METHODS)
+                yield f"{place}.method", f"is required, since {name} is none; expected {expected}"
+
+    def _space_conflicts(self) -> Iterator[tuple[str, str]]:
+        for name, space in self.space.items():
+            yield from self._unknown(f"space.{name}", (name,))
+            yield from ((f"space.{name}.{key}", words) for key, words in space.conflicts())
+            if self.n_trials and not space.model_dump(exclude_none=True):
+                expected = "expected a range for one setting at least, or n_trials: 0"
+                yield f"space.{name}", expected
+
+    def _window_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.window is not None:
+            yield from self._unknown("window.methods", self.window.methods)
+            yield from ((f"window.{key}", words) for key, words in self.window.conflicts())
 
 
 class SharedPrompt(Section):

@@ -11,6 +11,7 @@ from pipelines import compare_flow, comparison, dag, registry
 from pipelines.checking import check_section
 from pipelines.compare_json import to_json
 from pipelines.compare_report import markdown, table
+from pipelines.compare_windows import summarise_windows
 from pipelines.console import progress
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import CompareSettings
@@ -102,12 +103,17 @@ def _log(
     chosen: CompareSettings,
     compared: comparison.Compared,
 ) -> None:
-    """Log the means over seeds, and the report, to MLflow."""
+    """Log the means over seeds, the windows and the report to MLflow."""
     uri = read_environment().mlflow_tracking_uri or settings.register.tracking_uri
-    cells = compared.summary.cells
+    tests = {f"{cell.task}.{cell.method}.test": cell.test for cell in compared.summary.cells}
+    windows = summarise_windows(compared.comparison, compared.summary)
+    shares = {
+        f"{cell.task}.{cell.method}.window": cell.share
+        for cell in (windows.cells if windows else ())
+    }
     registry.log_comparison(
         compared.folder,
-        {f"{cell.task}.{cell.method}.test": cell.test for cell in cells},
+        tests | shares,
         {
             "tasks": ", ".join(tasks),
             "methods": ", ".join(chosen.methods),

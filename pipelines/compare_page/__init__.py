@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -11,8 +11,12 @@ from plotly.offline import get_plotlyjs
 
 from pipelines.compare_data import Comparison
 from pipelines.compare_page.figures import Figure, Group, groups
-from pipelines.compare_report import Sheet, facts, missing_note, sheets
+from pipelines.compare_page.looks import looks_of
+from pipelines.compare_page.window_figures import window_groups
+from pipelines.compare_report import facts, missing_note
+from pipelines.compare_sheets import Sheet, sheets
 from pipelines.compare_stats import Summary
+from pipelines.compare_words import variant_text
 
 METHODS = {
     "probe": "the backbone stays as it is; only the head is tuned.",
@@ -28,7 +32,7 @@ def page(comparison: Comparison, summary: Summary) -> str:
     Its policy lets no request out, and runs no script but the two in it, by their digests.
     """
     first, *others = sheets(comparison, summary)
-    plots = groups(comparison, summary)
+    plots = [*groups(comparison, summary), *window_groups(comparison, summary)]
     scripts = (get_plotlyjs(), _resource("page.js"))
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -41,7 +45,7 @@ def page(comparison: Comparison, summary: Summary) -> str:
             *_header(comparison, summary),
             "</header>\n<main>",
             *_table(first),
-            *_plots(plots),
+            *_plots(plots, _swatches(comparison)),
             *(line for sheet in others for line in _table(sheet)),
             "</main>",
         ]
@@ -91,12 +95,20 @@ def _header(comparison: Comparison, summary: Summary) -> Iterator[str]:
         yield f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
     yield "</dl>"
     yield '<dl class="methods">'
-    for method in comparison.methods:
-        yield (
-            f'<div><dt><span class="swatch m-{method}"></span>{method}</dt>'
-            f"<dd>{escape(METHODS[method])}</dd></div>"
-        )
+    variants = {one.name: variant_text(one) for one in comparison.variants}
+    swatches = _swatches(comparison)
+    for name in comparison.names:
+        says = METHODS.get(name) or f"{variants[name]}."
+        yield f"<div><dt>{swatches[name]}{name}</dt><dd>{escape(says)}</dd></div>"
     yield "</dl>"
+
+
+def _swatches(comparison: Comparison) -> dict[str, str]:
+    """Return a patch of each name's colour."""
+    return {
+        name: f'<span class="swatch" style="background:{look.colour}"></span>'
+        for name, look in looks_of(comparison).items()
+    }
 
 
 def _table(sheet: Sheet) -> Iterator[str]:
@@ -110,7 +122,7 @@ def _table(sheet: Sheet) -> Iterator[str]:
         yield f'<th scope="col"{_kind(place, sheet)}>{escape(header)}</th>'
     yield "</tr></thead><tbody>"
     for number, row in enumerate(sheet.rows):
-        is_total = sheet.has_total and number == len(sheet.rows) - 1
+        is_total = number >= len(sheet.rows) - sheet.num_totals
         yield '<tr class="total">' if is_total else "<tr>"
         for place, cell in enumerate(row):
             shown = escape(cell)
@@ -128,7 +140,7 @@ def _kind(place: int, sheet: Sheet) -> str:
     return "" if place < sheet.num_names else ' class="number"'
 
 
-def _plots(plots: Sequence[Group]) -> Iterator[str]:
+def _plots(plots: Sequence[Group], swatches: Mapping[str, str]) -> Iterator[str]:
     yield "<noscript><p>The plots need JavaScript; the words below each say what it shows.</p>"
     yield "</noscript>"
     number = 0
@@ -137,10 +149,7 @@ def _plots(plots: Sequence[Group]) -> Iterator[str]:
         yield f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(group.title)}</h2>'
         yield f'<p class="note">{escape(group.note)}</p>'
         if group.methods:
-            marks = "".join(
-                f'<li><span class="swatch m-{method}"></span>{method}</li>'
-                for method in group.methods
-            )
+            marks = "".join(f"<li>{swatches[name]}{name}</li>" for name in group.methods)
             yield f'<ul class="legend" aria-label="Methods">{marks}</ul>'
         yield f'<div class="{"wide" if group.is_wide else "grid"}">'
         for figure in group.figures:

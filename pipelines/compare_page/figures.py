@@ -7,23 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.compare_data import Comparison, Row, Trial
-from pipelines.compare_report import AVERAGE, gap, points, settings_text
-from pipelines.compare_stats import SUBJECT, Difference, Summary
+from pipelines.compare_page.looks import Look, looks_of
+from pipelines.compare_stats import Difference, Summary
+from pipelines.compare_words import AVERAGE, gap, points, settings_text
 from ptv2_core.config import Method
 
-# told apart by shape as well as by colour; readable on light and on dark
-COLOURS: dict[Method, str] = {
-    "probe": "#8b8f98",
-    "prompt_tuning": "#d97706",
-    "ptv2": "#3b7ff0",
-    "finetune": "#0f9d76",
-}
-SYMBOLS: dict[Method, str] = {
-    "probe": "square",
-    "prompt_tuning": "triangle-up",
-    "ptv2": "circle",
-    "finetune": "diamond",
-}
 PROMPTED: tuple[Method, ...] = ("prompt_tuning", "ptv2")
 HEIGHT_PX = 280
 FOREST_ROW_PX = 30
@@ -54,14 +42,14 @@ class Group:
     Attributes:
         title: The question.
         note: How to read them; without a figure, how to get one.
-        methods: Those in the plots, for the legend.
+        methods: The names in the plots, for the legend.
         figures: The plots.
         is_wide: Whether a plot takes the whole width.
     """
 
     title: str
     note: str
-    methods: tuple[Method, ...]
+    methods: tuple[str, ...]
     figures: tuple[Figure, ...]
     is_wide: bool = False
 
@@ -70,7 +58,7 @@ class Group:
 class _Point:
     """A trial or a final run in a plot of a setting against the dev score."""
 
-    method: Method
+    method: str
     x: float | str
     dev: float
     is_final: bool
@@ -89,36 +77,43 @@ def groups(comparison: Comparison, summary: Summary) -> list[Group]:
 
 
 def _forests(comparison: Comparison, summary: Summary) -> Iterable[Group]:
-    for other in ("finetune", "prompt_tuning"):
+    subject = comparison.subject
+    if subject is None:
+        return
+    # fine-tuning comes first, a probe does not come: nobody asks by how much it is passed
+    others = [name for name in comparison.methods if comparison.method_of(name) != "probe"]
+    for other in sorted(others, key=lambda name: comparison.method_of(name) != "finetune"):
         found = [
             one
             for one in (*summary.differences, *summary.average_differences)
             if one.other == other
         ]
         if found:
+            look = looks_of(comparison)[subject]
             yield Group(
-                title=f"{SUBJECT} against {other}",
+                title=f"{subject} against {other}",
                 note=(
                     "Difference of the test scores and its 95 % interval, in points. Filled: the "
                     "interval excludes 0. Right of 0, "
-                    f"{SUBJECT} is better."
+                    f"{subject} is better."
                 ),
                 methods=(),
-                figures=(_forest(found, other, len(summary.complete_tasks)),),
+                figures=(_forest(found, look, len(summary.complete_tasks)),),
                 is_wide=True,
             )
 
 
-def _forest(found: Sequence[Difference], other: str, num_complete: int) -> Figure:
+def _forest(found: Sequence[Difference], look: Look, num_complete: int) -> Figure:
+    between = f"{found[0].method} - {found[0].other}"
     names = [one.task or f"{AVERAGE} of {num_complete}" for one in found]
     marker = {
-        "color": COLOURS[SUBJECT],
+        "color": look.colour,
         "size": 9,
         "symbol": [
             ("diamond" if one.task is None else "circle") + ("" if one.is_clear else "-open")
             for one in found
         ],
-        "line": {"width": 2, "color": COLOURS[SUBJECT]},
+        "line": {"width": 2, "color": look.colour},
     }
     trace = {
         "type": "scatter",
@@ -137,18 +132,18 @@ def _forest(found: Sequence[Difference], other: str, num_complete: int) -> Figur
             "arrayminus": [0 if one.low is None else 100 * (one.value - one.low) for one in found],
             "thickness": 2,
             "width": 4,
-            "color": COLOURS[SUBJECT],
+            "color": look.colour,
         },
     }
     spoken = "; ".join(f"{name} {gap(one)}" for name, one in zip(names, found, strict=True))
-    layout = _layout(f"{SUBJECT} - {other}, test score (points)", "task")
+    layout = plot_layout(f"{between}, test score (points)", "task")
     layout["height"] = 110 + FOREST_ROW_PX * len(found)
     layout["xaxis"] |= {"zeroline": True, "showgrid": True}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category", "automargin": True}
     # the names of the tasks say what the axis is, and need its room
     layout["yaxis"]["title"] = {"text": ""}
     return Figure(
-        title=f"{SUBJECT} - {other} by task",
+        title=f"{between} by task",
         says=f"Points, with 95 % intervals: {spoken}.",
         data=[trace],
         layout=layout,
@@ -181,7 +176,7 @@ def _depths(comparison: Comparison) -> Group:
         what="depth",
         x_title="layers with a prompt (number)",
         setting=depth,
-        methods=(SUBJECT,),
+        methods=("ptv2",),
         axis={"dtick": 1 if comparison.backbone_layers <= 12 else 4},
         remedy="compare.space.ptv2.prompt_layers, for example [all, 4, 2]",
     )
@@ -212,7 +207,8 @@ def _against(
     remedy: str,
 ) -> Group:
     """Return a plot a task of a setting against the dev score, where the setting varies."""
-    shown = tuple(method for method in comparison.methods if method in methods)
+    shown = tuple(name for name in comparison.methods if comparison.method_of(name) in methods)
+    looks = looks_of(comparison)
     everything: tuple[Row | Trial, ...] = (*comparison.trials, *comparison.rows)
     figures = []
     for task in comparison.tasks:
@@ -224,9 +220,11 @@ def _against(
         ]
         if len({point.x for point in found}) < 2:
             continue
-        layout = _layout(x_title, f"dev {task.metric} (points)")
+        layout = plot_layout(x_title, f"dev {task.metric} (points)")
         layout["xaxis"] |= axis
-        data = [_points([one for one in found if one.method == method], method) for method in shown]
+        data = [
+            _points([one for one in found if one.method == name], looks[name]) for name in shown
+        ]
         names = sorted({point.x for point in found if isinstance(point.x, str)})
         if names:
             _place_names(names, data, layout)
@@ -259,7 +257,7 @@ def _point(one: Row | Trial, x: Any) -> _Point | None:
     return _Point(method=one.method, x=x, dev=dev, is_final=is_final, text=text)
 
 
-def _points(found: Sequence[_Point], method: Method) -> dict[str, Any]:
+def _points(found: Sequence[_Point], look: Look) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -268,11 +266,11 @@ def _points(found: Sequence[_Point], method: Method) -> dict[str, Any]:
         "text": [html.escape(point.text).replace(" (", "<br>(") for point in found],
         "hovertemplate": "%{text}<extra></extra>",
         "marker": {
-            "color": COLOURS[method],
+            "color": look.colour,
             "size": 9,
-            "symbol": [SYMBOLS[method] + ("" if one.is_final else "-open") for one in found],
+            "symbol": [look.symbol + ("" if one.is_final else "-open") for one in found],
             "opacity": [0.45 if ", pruned:" in one.text else 1.0 for one in found],
-            "line": {"width": 1.5, "color": COLOURS[method]},
+            "line": {"width": 1.5, "color": look.colour},
         },
     }
 
@@ -305,19 +303,20 @@ def _best_of(found: Sequence[_Point]) -> str:
 
 def _curves(comparison: Comparison) -> Group:
     figures = []
-    shown: dict[Method, None] = {}
+    shown: dict[str, None] = {}
+    looks = looks_of(comparison)
     for task in comparison.tasks:
         data, ends = [], []
         for method in comparison.methods:
             runs = [row for row in comparison.runs(task.name, method) if row.history]
             if runs:
                 shown[method] = None
-                data += _curve(runs, method)
+                data += _curve(runs, method, looks[method])
                 best = fmean(max(dev for _, _, dev in row.history) for row in runs)
                 longest = max(len(row.history) for row in runs)
                 ends.append(f"{method} {points(best)} within {longest} epochs")
         if data:
-            layout = _layout("epoch (number)", f"dev {task.metric} (points)")
+            layout = plot_layout("epoch (number)", f"dev {task.metric} (points)")
             layout["xaxis"] |= {"rangemode": "tozero", "tickformat": "d"}
             figures.append(
                 Figure(
@@ -333,7 +332,7 @@ def _curves(comparison: Comparison) -> Group:
     return Group(title="Learning curves", note=note, methods=tuple(shown), figures=tuple(figures))
 
 
-def _curve(runs: Sequence[Row], method: Method) -> list[dict[str, Any]]:
+def _curve(runs: Sequence[Row], method: str, look: Look) -> list[dict[str, Any]]:
     def line(
         epochs: Sequence[int], devs: Sequence[float], name: str, **style: Any
     ) -> dict[str, Any]:
@@ -346,7 +345,7 @@ def _curve(runs: Sequence[Row], method: Method) -> list[dict[str, Any]]:
             **style,
         }
 
-    thin = {"line": {"color": COLOURS[method], "width": 1}, "opacity": 0.4}
+    thin = {"line": {"color": look.colour, "width": 1}, "opacity": 0.4}
     lines = [
         line(
             [epoch for epoch, _, _ in row.history],
@@ -359,12 +358,13 @@ def _curve(runs: Sequence[Row], method: Method) -> list[dict[str, Any]]:
     together = list(zip(*(row.history for row in runs), strict=False))
     means = [fmean(dev for _, _, dev in of_epoch) for of_epoch in together]
     epochs = [of_epoch[0][0] for of_epoch in together]
-    marker = {"symbol": SYMBOLS[method], "size": 6, "color": COLOURS[method]}
-    thick = {"line": {"color": COLOURS[method], "width": 2.5}, "marker": marker}
+    marker = {"symbol": look.symbol, "size": 6, "color": look.colour}
+    thick = {"line": {"color": look.colour, "width": 2.5}, "marker": marker}
     return [*lines, {**line(epochs, means, "mean", **thick), "mode": "lines+markers"}]
 
 
-def _layout(x_title: str, y_title: str) -> dict[str, Any]:
+def plot_layout(x_title: str, y_title: str) -> dict[str, Any]:
+    """Return a layout with titles on both axes."""
     axis = {"zeroline": False}
     return {
         "height": HEIGHT_PX,

@@ -3,7 +3,16 @@
 import math
 import random
 
-from pipelines.compare_data import Comparison, Items, Row, TaskFacts, Trial
+from pipelines.compare_data import (
+    Comparison,
+    Items,
+    Row,
+    TaskFacts,
+    Trial,
+    Variant,
+    Window,
+    WindowRun,
+)
 
 METHODS = ("probe", "prompt_tuning", "ptv2", "finetune")
 
@@ -37,7 +46,7 @@ def facts(name="rte", **changes) -> TaskFacts:
 
 def comparison(rows, **changes) -> Comparison:
     values = {
-        "methods": tuple(method for method in METHODS if any(one.method == method for one in rows)),
+        "methods": tuple(dict.fromkeys(one.method for one in sorted(rows, key=_place))),
         "seeds": tuple(sorted({one.seed for one in rows})),
         "tasks": tuple(facts(name) for name in dict.fromkeys(one.task for one in rows)),
         "trials": (),
@@ -53,6 +62,81 @@ def comparison(rows, **changes) -> Comparison:
         "results": "results/compare",
     }
     return Comparison(rows=tuple(rows), **{**values, **changes})
+
+
+def _place(one: Row) -> int:
+    return METHODS.index(one.method) if one.method in METHODS else len(METHODS)
+
+
+def window_runs(task="rte", method="ptv2", seed=1, *, scores, rates) -> list[WindowRun]:
+    """A run a rate; a score of None diverged."""
+    return [
+        WindowRun(
+            task=task,
+            method=method,
+            seed=seed,
+            learning_rate=rate,
+            dev=score or 0.0,
+            is_diverged=score is None,
+        )
+        for rate, score in zip(rates, scores, strict=True)
+    ]
+
+
+def window(runs, **changes) -> Window:
+    values = {
+        "methods": tuple(dict.fromkeys(run.method for run in runs)),
+        "factor": 100.0,
+        "points": len({run.learning_rate for run in runs}),
+        "seeds": tuple(sorted({run.seed for run in runs})),
+        "train": {},
+        "moved": (),
+    }
+    return Window(runs=tuple(runs), **{**values, **changes})
+
+
+PLAIN = Variant(
+    name="plain",
+    method="ptv2",
+    changes={"learning_rate": 0.003, "prompt": {"start": "normal", "start_std": 1.0}},
+)
+
+
+def varied() -> Comparison:
+    """Return a small comparison with a variant and windows."""
+    chance = random.Random(3)
+    levels = {"probe": 0.7, "ptv2": 0.85, "plain": 0.8, "finetune": 0.86}
+    rows = [
+        row(task, method, seed, hits=round(200 * level) - 5 * seed - 10 * place, size=200)
+        for place, task in enumerate(("rte", "cb", "snips-slots"))
+        for method, level in levels.items()
+        for seed in (1, 2, 3)
+    ]
+    rates = [10 ** (place / 4 - 3) for place in range(9)]
+    runs = [
+        run
+        for task in ("rte", "cb", "snips-slots")
+        for method, width in (("ptv2", 0.35), ("plain", 0.8))
+        for seed in (1, 2)
+        for run in window_runs(
+            task,
+            method,
+            seed,
+            rates=rates,
+            scores=[
+                None
+                if (method, place) == ("plain", 8)
+                else levels[method] - width * abs(place - 4) ** 2 / 30 - chance.uniform(0, 0.01)
+                for place in range(9)
+            ],
+        )
+    ]
+    return comparison(
+        rows,
+        methods=tuple(levels),
+        variants=(PLAIN,),
+        window=window(runs, moved=(("cb", "plain"),), train={"epochs": 4}),
+    )
 
 
 SAMPLE_TASKS = {

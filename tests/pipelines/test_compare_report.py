@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,10 +11,15 @@ from pipelines.compare_data import Trial
 from pipelines.compare_json import from_json, to_json
 from pipelines.compare_page import page
 from pipelines.compare_page.figures import groups
-from pipelines.compare_report import gap, main_sheet, markdown, settings_text, share, size, table
+from pipelines.compare_page.looks import looks_of
+from pipelines.compare_page.window_figures import window_groups
+from pipelines.compare_report import markdown, table
+from pipelines.compare_sheets import main_sheet, sheets
 from pipelines.compare_stats import Difference, summarise
+from pipelines.compare_windows import summarise_windows
+from pipelines.compare_words import gap, settings_text, share, size, variant_text, wide
 from pipelines.errors import PipelineError
-from tests.pipelines.compare_parts import comparison, facts, row, sample
+from tests.pipelines.compare_parts import PLAIN, comparison, facts, row, sample, varied
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '</script><img src="http://x.example/a">'
@@ -107,13 +113,24 @@ def test_main_table_has_a_row_a_task_and_says_what_is_missing():
         "ptv2 %",
         "ptv2 KB",
     )
-    rte, copa, average = sheet.rows
+    rte, copa, average, spread, worst = sheet.rows
     assert rte[:4] == ("rte", "accuracy", "79.0 ± 1.4", "60.0 ± 0.0")
     assert re.fullmatch(r"\+19\.0 \[\+1\d\.\d, \+2\d\.\d\] \*", rte[4])
     assert rte[5:] == ("1", "4")
     assert copa == ("copa", "accuracy", "50.0 (1)", "-", "-", "1", "4")
     assert average[:4] == ("average", "1 task", "79.0 ± 1.4", "60.0 ± 0.0")
     assert average[4:] == (rte[4], "", "")
+    assert spread == ("spread", "1 task", "1.4", "0.0", "", "", "")
+    assert worst == ("worst seed", "1 task", "78.0", "60.0", "", "", "")
+    assert sheet.num_totals == 3
+    assert "ptv2 %: tuned parameters" in sheet.note
+
+
+def test_main_table_of_one_seed_has_no_spread():
+    made = comparison([row("rte", "ptv2"), row("rte", "finetune")])
+    sheet = main_sheet(made, summarise(made, resamples=10))
+    assert [cells[0] for cells in sheet.rows] == ["rte", "average"]
+    assert sheet.num_totals == 1
 
 
 def test_main_table_without_ptv2_has_no_difference():
@@ -340,3 +357,107 @@ def test_page_of_a_comparison_that_has_only_begun():
     found = Page(page(made, summary))
     assert "rte ptv2 (seed 0, 1)" in "".join(found.texts["p"])
     assert "| rte | accuracy | - | - | - | - | - |" in markdown(made, summary)
+
+
+def test_variant_is_told_by_its_method_and_changes():
+    changes = "learning_rate 0.003, prompt.start normal, prompt.start_std 1"
+    assert variant_text(PLAIN) == f"ptv2 with {changes}"
+    assert variant_text(replace(PLAIN, changes={})) == "ptv2"
+    made = varied()
+    summary = summarise(made, resamples=50)
+    by_title = {sheet.title: sheet for sheet in sheets(made, summary)}
+    assert by_title["Variants"].rows == (("plain", "ptv2", changes),)
+    assert f"plain: ptv2 with {changes}" in printed(table(made, summary), 140)
+    assert "Variants" not in markdown(two_methods(), summarise(two_methods(), resamples=10))
+
+
+def test_variant_has_a_look_of_its_own_wherever_it_is_drawn():
+    made = varied()
+    looks = looks_of(made)
+    assert len(set(looks.values())) == 5
+    text = page(made, summarise(made, resamples=50))
+    for name in made.methods:
+        assert f'<span class="swatch" style="background:{looks[name].colour}"></span>' in text
+    assert "ptv2 against plain" in text
+    assert "ptv2 against probe" not in text
+    found = Page(text)
+    assert found.open == []
+
+
+def test_variant_alone_is_the_subject():
+    made = comparison([row(method="plain"), row(method="probe")], variants=(PLAIN,))
+    assert (made.subject, made.first_of("finetune")) == ("plain", None)
+    sheet = main_sheet(made, summarise(made, resamples=10))
+    assert sheet.headers == ("task", "metric", "probe", "plain", "plain %", "plain KB")
+
+
+def test_windows_are_a_table_a_plot_a_task_and_a_line_in_the_terminal():
+    made = varied()
+    summary = summarise(made, resamples=50)
+    by_title = {sheet.title: sheet for sheet in sheets(made, summary)}
+    sheet = by_title["Learning-rate windows"]
+    windows = summarise_windows(made, summary)
+    first, average = windows.cells[0], windows.averages[0]
+    assert sheet.rows[0] == (
+        "rte",
+        "ptv2",
+        f"{100 * first.best:.1f}",
+        f"{first.best_rate:.2g}",
+        "0.001 to 0.1",
+        f"{100 * first.share:.3g}",
+        f"x{100**first.share:.3g}",
+        f"{100 * first.probe_share:.3g}",
+    )
+    assert [cells[:2] for cells in sheet.rows[-2:]] == [("average", "ptv2"), ("average", "plain")]
+    assert "9 learning rates, evenly spaced in logs over a range of x100" in sheet.note
+    assert "mean over the seeds 1, 2. All of them with epochs 4." in sheet.note
+    assert (
+        "Moved down, to end at the highest rate that the method may have: cb plain." in sheet.note
+    )
+    assert "count as 0 (how many seeds): rte plain at 0.1 (2), cb plain at 0.1 (2)," in sheet.note
+    shown = f"ptv2 x{100**average.share:.3g} ({100 * average.share:.3g} %)"
+    assert f"Learning-rate window, of x100 (mean over tasks): {shown}, plain x" in printed(
+        table(made, summary), 400
+    )
+    (group,) = window_groups(made, summary)
+    assert [figure.title for figure in group.figures] == [
+        f"{task}: dev accuracy by learning rate" for task in ("rte", "cb", "snips-slots")
+    ]
+    ours, plain, probe = group.figures[0].data
+    assert ours["y"] == pytest.approx([100 * score for score in first.scores])
+    assert plain["marker"]["symbol"] == ["star"] * 8 + ["star-open"]
+    assert probe["y"] == [100 * summary.cell("rte", "probe").dev] * 2
+    assert list(window_groups(two_methods(), summary)) == []
+
+
+def test_width_of_a_window_is_the_factor_between_its_ends():
+    assert [wide(value, 100.0) for value in (0.0, 0.5, 1.0, 0.4346)] == [
+        "x1",
+        "x10",
+        "x100",
+        "x7.4",
+    ]
+
+
+def test_json_keeps_variants_and_windows():
+    made = varied()
+    summary = summarise(made, resamples=50)
+    values = to_json(made, summary)
+    cell = summarise_windows(made, summary).cells[0]
+    assert values["window"]["summary"][0]["share"] == cell.share
+    assert values["window"]["summary"][0]["best_rate"] == cell.best_rate
+    assert [one["method"] for one in values["window"]["average"]] == ["ptv2", "plain"]
+    again, summary_again = from_json(json.loads(json.dumps(values, allow_nan=False)))
+    assert (again.variants, again.window) == (made.variants, made.window)
+    assert page(again, summary_again) == page(made, summary)
+
+
+def test_json_of_an_older_version_can_be_read():
+    made = two_methods()
+    values = to_json(made, summarise(made, resamples=10))
+    del values["variants"], values["window"]
+    for one in values["average"]["methods"]:
+        del one["spread"], one["worst"]
+    again, summary = from_json(values)
+    assert (again.variants, again.window) == ((), None)
+    assert [cells[0] for cells in main_sheet(again, summary).rows] == ["rte", "copa", "average"]

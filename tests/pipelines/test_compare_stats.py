@@ -1,4 +1,5 @@
 import itertools
+import math
 import time
 
 import numpy as np
@@ -6,7 +7,15 @@ import pytest
 from scipy import stats
 
 from pipelines.compare_data import Items
-from pipelines.compare_stats import bootstrap, interval, mean_sd, score, summarise
+from pipelines.compare_stats import (
+    bootstrap,
+    interval,
+    mean_sd,
+    score,
+    share_at_least,
+    summarise,
+    window,
+)
 from pipelines.errors import PipelineError
 from tests.pipelines.compare_parts import comparison, mean_items, row
 
@@ -210,3 +219,66 @@ def test_summary_refuses_items_that_do_not_give_the_test_score():
 def test_summary_without_any_run_says_what_is_missing():
     planned = comparison([], methods=("ptv2", "finetune"), seeds=(0,), tasks=())
     assert summarise(planned).averages == ()
+
+
+def test_summary_tells_luck_by_the_spread_over_seeds_and_the_worst_of_them():
+    rows = [
+        row("rte", "ptv2", 0, hits=8),
+        row("rte", "ptv2", 1, hits=6),
+        row("copa", "ptv2", 0, hits=3),
+        row("copa", "ptv2", 1, hits=4),
+    ]
+    (average,) = summarise(comparison(rows), resamples=10).averages
+    # sds of (0.8, 0.6) and (0.3, 0.4); averages 0.55 with seed 0 and 0.5 with seed 1
+    assert average.spread == pytest.approx((0.2 / 2**0.5 + 0.1 / 2**0.5) / 2)
+    assert average.worst == pytest.approx(0.5)
+    (single,) = summarise(comparison([row(hits=8)]), resamples=10).averages
+    assert (single.spread, single.worst) == (None, 0.8)
+
+
+RATES = (1e-3, 1e-2, 1e-1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [
+        ((0.9, 0.9, 0.9), 1.0),
+        # the level 0.89 is reached a tenth of the way down, on either side of the middle
+        ((0.8, 0.9, 0.8), 0.1),
+        # the best at an edge, and falling by 0.02 over the first half
+        ((0.9, 0.88, 0.5), 0.25),
+        ((0.5, 0.88, 0.9), 0.25),
+        # two separate intervals: a tenth of the left half, a fifth of the right one
+        ((0.9, 0.8, 0.85), 0.05),
+        ((0.9, 0.8, 0.9), 0.1),
+        # exactly a point below still counts, though 0.9 - 0.01 is a little more than 0.89
+        ((0.89, 0.9, 0.89), 1.0),
+        ((0.0, 0.0, 0.0), 1.0),
+        # a training that diverged counts as 0
+        ((0.9, 0.9, 0.0), 0.5 + 0.5 / 90),
+    ],
+)
+def test_window_by_hand(scores, share):
+    assert window(RATES, scores) == pytest.approx(share, abs=1e-7)
+
+
+def test_window_of_uneven_rates_goes_by_their_logarithms():
+    # from 1 to 2 all, from 2 to 16 a quarter of three doublings
+    assert window((1, 2, 16), (0.9, 0.9, 0.86)) == pytest.approx((1 + 3 / 4) / 4)
+    assert window((1, 2, 16), (0.9, 0.9, 0.86), tolerance=0.02) == pytest.approx((1 + 3 / 2) / 4)
+
+
+def test_window_agrees_with_counting_on_a_fine_grid():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        rates = np.exp(np.sort(generator.uniform(-9, 0, size=6)))
+        scores = generator.uniform(0.85, 0.9, size=6)
+        places = np.linspace(math.log(rates[0]), math.log(rates[-1]), 200_001)
+        near = np.interp(places, np.log(rates), scores) >= scores.max() - 0.01
+        assert window(rates, scores) == pytest.approx(near.mean(), abs=1e-4)
+
+
+def test_share_at_least_may_be_nothing_or_a_touch():
+    assert share_at_least(RATES, (0.5, 0.6, 0.5), 0.7) == 0.0
+    assert share_at_least(RATES, (0.5, 0.6, 0.5), 0.6) == pytest.approx(0.0, abs=1e-7)
+    assert share_at_least(RATES, (0.5, 0.6, 0.5), 0.55) == pytest.approx(0.5)

@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 
 from pipelines import compare_jobs, comparison
+from pipelines.compare_data import Variant
 from pipelines.compare_stats import score
 from pipelines.errors import PipelineError
-from pipelines.extra_settings import CompareSettings, SharedPrompt
+from pipelines.extra_settings import CompareSettings, SharedPrompt, WindowSettings
 from pipelines.paths import TaskPaths
 from pipelines.schema import FirstTrial, SearchSpace
 from pipelines.settings import Settings, load_settings
@@ -132,7 +133,7 @@ def test_comparison_searches_each_method_as_often(prepared_once: Path) -> None:
 @pytest.mark.slow
 def test_comparison_names_the_job_that_failed(prepared_once: Path) -> None:
     settings = load_settings(prepared_once / "params.yaml")
-    rate = settings.compare.train.model_copy(update={"finetune": {"learning_rate": 0.5}})
+    rate = {**settings.compare.train, "finetune": {"learning_rate": 0.5}}
     chosen = section(settings, methods=("finetune",), train=rate)
     expected = "^intents finetune, seed 1: train.learning_rate: 0.5 would wipe out"
     with pytest.raises(PipelineError, match=expected):
@@ -144,7 +145,7 @@ def test_comparison_goes_on_without_a_training_whose_loss_is_not_finite(
     prepared_once: Path,
 ) -> None:
     settings = load_settings(prepared_once / "params.yaml")
-    wild = settings.compare.train.model_copy(update={"ptv2": {"prompt": {"start_std": 1e38}}})
+    wild = {**settings.compare.train, "ptv2": {"prompt": {"start_std": 1e38}}}
     chosen = section(settings, methods=("ptv2", "probe"), train=wild)
     done = comparison.run(settings, ["intents"], chosen)
     assert [row.method for row in done.comparison.rows] == ["probe"]
@@ -152,6 +153,39 @@ def test_comparison_goes_on_without_a_training_whose_loss_is_not_finite(
     (failed,) = done.failed
     assert re.match("intents ptv2, seed 1: loss nan .* at step 1", failed)
     assert "intents ptv2 (seed 1)" in (done.folder / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_comparison_of_a_variant_with_windows_is_kept_and_told(prepared_once: Path) -> None:
+    settings = load_settings(prepared_once / "params.yaml")
+    wild = {"method": "ptv2", "prompt": {"start_std": 1e38}}
+    changes = {"prompt": {"length": 3}, "epochs": 1}
+    train = {**settings.compare.train, "short": {"method": "ptv2", **changes}, "wild": wild}
+    window = WindowSettings(methods=("short", "wild"), factor=16.0, points=3, seeds=(4,))
+    chosen = section(settings, methods=("probe", "short"), train=train, window=window)
+    done = comparison.run(settings, ["intents"], chosen)
+    found = done.comparison
+    assert [(row.method, row.settings.get("prompt_length")) for row in found.rows] == [
+        ("probe", None),
+        ("short", 3),
+    ]
+    assert found.variants == (
+        Variant(name="short", method="ptv2", changes=changes),
+        Variant(name="wild", method="ptv2", changes={"prompt": {"start_std": 1e38}}),
+    )
+    assert found.window is not None
+    assert [(one.method, one.learning_rate, one.is_diverged) for one in found.window.runs] == [
+        (name, rate, name == "wild") for name in ("short", "wild") for rate in (2.5e-3, 1e-2, 4e-2)
+    ]
+    assert {one.dev for one in found.window.runs if one.is_diverged} == {0.0}
+    assert done.failed == ()
+    told = (done.folder / "compare.md").read_text()
+    assert "count as 0 (how many seeds): intents wild at 0.0025 (1)," in told
+    seen = Seen()
+    again = comparison.run(settings, ["intents"], chosen, seen)
+    assert (again.comparison.rows, again.comparison.window) == (found.rows, found.window)
+    # a search, a training and a window each for two names
+    assert len(seen.said) == 6
 
 
 def test_comparison_asks_again_where_template_or_windows_changed(prepared_once: Path) -> None:
@@ -178,7 +212,7 @@ def test_comparison_asks_again_where_template_or_windows_changed(prepared_once: 
 def test_comparison_of_no_trials_needs_no_ranges(prepared_once: Path) -> None:
     settings = load_settings(prepared_once / "params.yaml")
     paths = TaskPaths(root=prepared_once, task="intents")
-    space = settings.compare.space.model_copy(update={"probe": SearchSpace()})
+    space = {**settings.compare.space, "probe": SearchSpace()}
     chosen = section(settings, space=space)
     cell = compare_jobs.cell_of(settings.task("intents"), paths, chosen, "probe", BACKBONE)
     assert compare_jobs.finished_search(cell) == compare_jobs.Found(changes={}, trials=())
@@ -229,8 +263,14 @@ def test_compare_as_a_user_runs_it_is_logged_and_goes_on_after_an_interrupt(
     tmp_path: Path,
 ) -> None:
     tasks = {"intents": PARAMS["tasks"]["intents"]}
-    root = make_repository(tmp_path / "workspace", tasks, compare={**SECTION, "seeds": [1, 2]})
-    options = ("compare", "--trials", "0", "-m", "probe", "-m", "ptv2", "--json", "out.json")
+    own = {
+        **SECTION,
+        "seeds": [1, 2],
+        "train": {**SECTION["train"], "small": {"method": "ptv2", "prompt": {"length": 2}}},
+        "window": {"methods": ["probe"], "points": 3, "train": {"epochs": 1}},
+    }
+    root = make_repository(tmp_path / "workspace", tasks, compare=own)
+    options = ("compare", "--trials", "0", "-m", "probe", "-m", "small", "--json", "out.json")
     first = Running(root, program(), *options, environment=environment(OMP_NUM_THREADS="2"))
     first.wait_until(lambda: any((root / ".ptv2" / "compare" / "intents").glob("*.json")))
     assert first.interrupt() == 130
@@ -241,13 +281,13 @@ def test_compare_as_a_user_runs_it_is_logged_and_goes_on_after_an_interrupt(
     assert kept <= set((root / ".ptv2" / "compare" / "intents").glob("*.json"))
     rows = json.loads((root / "out.json").read_text())["rows"]
     assert {(row["task"], row["method"], row["seed"]) for row in rows} == {
-        ("intents", method, seed) for method in ("probe", "ptv2") for seed in (1, 2)
+        ("intents", method, seed) for method in ("probe", "small") for seed in (1, 2)
     }
     wanted = {"task", "method", "seed", "dev", "test", "tuned_share", "artifact_bytes", "seconds"}
     assert all(wanted <= set(row) for row in rows)
     with closing(sqlite3.connect(root / "mlflow.db")) as connection:
         keys = {key for (key,) in connection.execute("SELECT key FROM metrics")}
-    assert keys == {"intents.probe.test", "intents.ptv2.test"}
+    assert keys == {"intents.probe.test", "intents.small.test", "intents.probe.window"}
     with closing(sqlite3.connect(root / ".ptv2" / "prefect" / "prefect.db")) as connection:
         states = connection.execute("SELECT name, state_type FROM flow_run ORDER BY created")
         assert [state for _, state in states] == ["CANCELLED", "COMPLETED"]

@@ -1,7 +1,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +16,7 @@ from pipelines.settings import (
     read_environment,
     set_environment_defaults,
 )
-from ptv2_core.config import HeadConfig, Method, PromptConfig, TrainConfig
+from ptv2_core.config import HeadConfig, PromptConfig, TrainConfig
 from ptv2_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,11 +94,7 @@ def test_every_key_of_the_shipped_file_is_a_field_and_every_field_is_shown() -> 
 
 def _closed(path: str) -> str:
     """Cut a path at a section whose keys are those of another one, and are shown there."""
-    borrowed = [
-        f"compare.{section}.{method}"
-        for section in ("space", "train")
-        for method in get_args(Method)
-    ]
+    borrowed = ["compare.space", "compare.train"]
     return next((section for section in borrowed if f"{path}.".startswith(f"{section}.")), path)
 
 
