@@ -55,10 +55,14 @@ def processes(root: Path) -> dict[int, str]:
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process is there and not a zombie."""
+    """Tell whether a process is there and not a zombie.
+
+    While other threads still end, their process looks like one, and holds its locks.
+    """
     try:
         os.kill(pid, 0)
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        is_zombie = "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+        return not is_zombie or len(os.listdir(f"/proc/{pid}/task")) > 1
     except ProcessLookupError:
         return False
     except FileNotFoundError:
@@ -124,9 +128,10 @@ class Running:
 
     def kill_all(self) -> None:
         """Kill all that runs in the folder, the command first."""
+        children = set(processes(self._root)) - {self._process.pid}
         self._process.kill()
         self._process.wait()
-        left = self._left(set())
+        left = self._left(children)
         while left:
             for pid in left:
                 _kill(pid)
