@@ -83,14 +83,14 @@ def cell_of(
     train = overlay(settings.train, changes)
     search = settings.search.model_copy(
         update={
-            "n_trials": compare.n_trials,
+            "n_trials": compare.trials_of(name),
             "parallel": 1,
             "space": space,
             "first": _first(settings.search, space) if method == "ptv2" else (),
             "screen": None,
         }
     )
-    if compare.n_trials:
+    if compare.trials_of(name):
         search = reachable(search, train)
     own = replace(settings, train=train, search=search)
     return Cell(settings=own, paths=paths, name=name, backbone=backbone)

@@ -244,7 +244,7 @@ def _comparison(
         rows=tuple(sorted(work.rows, key=lambda row: (*place(row), row.seed))),
         trials=tuple(sorted(work.trials, key=lambda trial: (*place(trial), trial.number))),
         chosen_on="dev; test was scored once, after the choice",
-        num_trials=dict.fromkeys(compare.methods, compare.n_trials),
+        num_trials={name: compare.trials_of(name) for name in compare.methods},
         backbone=backbone.spec.name,
         backbone_parameters=backbone.spec.num_parameters,
         backbone_layers=backbone.spec.shape.num_layers,

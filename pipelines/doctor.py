@@ -59,6 +59,9 @@ LITTLE_DISK_BYTES = 2**30
 CLEARLY_FASTER = 1.2
 """A ratio of two measured rates; below it they may differ by chance."""
 
+LEARNING_RATES = {"embedding": (1e-2, 5e-1), "mlp": (5e-4, 2e-2)}
+"""Where prompts learn (docs/optimisation.md): from a tenth of the default to five times it."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -251,6 +254,8 @@ def _backbone(settings: Settings) -> Iterator[Finding]:
         load_tokenizer(location)
         yield Finding(section, "tokenizer", location.tokenizer_digest())
         yield Finding(section, "head reads", _reading(location, settings))
+        yield Finding(section, "prompt starts", _start(settings))
+        yield _learning_rates(settings)
     except (BackboneError, OSError, ValueError) as error:
         yield Finding(section, "files", str(error), state="problem")
 
@@ -275,6 +280,39 @@ def _reading(location: Location, settings: Settings) -> str:
         if task.train.head.reads != "auto"
     ]
     return f"{reads}; train.head.reads sets {', '.join(own)}" if own else reads
+
+
+def _start(settings: Settings) -> str:
+    """Say what gives prompts their first values, and so their scale."""
+    words = {"backbone": "at its own keys and values for training words", "normal": "at random"}
+    chosen = {
+        task.name: "normal" if prompt.reparameterization == "mlp" else prompt.start
+        for task in settings.tasks.values()
+        if (prompt := task.train.prompt) and task.train.method == "ptv2"
+    }
+    by_start = [
+        f"{words[start]}: {', '.join(name for name, own in chosen.items() if own == start)}"
+        for start in words
+        if start in chosen.values()
+    ]
+    return "; ".join(by_start) or "no task trains a prompt in every layer"
+
+
+def _learning_rates(settings: Settings) -> Finding:
+    """Note tasks whose learning rate is far from where any task of the documentation learned."""
+    odd = []
+    for task in settings.tasks.values():
+        train = task.train
+        low, high = LEARNING_RATES[train.prompt.reparameterization]
+        if train.method == "ptv2" and not low <= train.learning_rate <= high:
+            odd.append(
+                f"{task.name}: {train.learning_rate:g}, expected {low:g} to {high:g} "
+                f"({train.prompt.reparameterization})"
+            )
+    if not odd:
+        return Finding("backbone", "learning rates", "where prompts learn")
+    hint = "too low learns nothing, too high forgets it; docs/optimisation.md has the figures"
+    return Finding("backbone", "learning rates", "; ".join(odd), state="note", hint=hint)
 
 
 # The workspace

@@ -1,6 +1,6 @@
 """The sections of params.yaml that no stage reads: `compare` and `multitask`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field
@@ -18,14 +18,14 @@ SET_BY_WINDOW = ("method", "init_from", "learning_rate", "seed")
 DEFAULT_SPACES: Mapping[str, SearchSpace] = {
     "probe": SearchSpace(learning_rate=(1e-3, 1e-1)),
     "prompt_tuning": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
-    "ptv2": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2)),
-    "finetune": SearchSpace(learning_rate=(2e-5, 5e-4)),
+    "ptv2": SearchSpace(prompt_length=(16, 128), learning_rate=(2e-2, 3e-1)),
+    "finetune": SearchSpace(learning_rate=(5e-5, 1e-3)),
 }
 DEFAULT_TRAINS: Mapping[str, Mapping[str, Any]] = {
     "probe": {"learning_rate": 1e-2},
-    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"start": "backbone"}},
+    "prompt_tuning": {"learning_rate": 2e-2},
     "ptv2": {},
-    "finetune": {"learning_rate": 1e-4, "backbone_dropout": True},
+    "finetune": {"learning_rate": 3e-4, "head_learning_rate": None, "backbone_dropout": True},
 }
 
 
@@ -60,6 +60,7 @@ def _repeated(section: Section, *keys: str) -> Conflicts:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(min_length=1)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_tuple), Field(min_length=1)]
+Trials = Annotated[int, Field(ge=0, le=100_000)]
 SEEDS_WORDS = "a list of whole numbers from 0 to 4294967295"
 NAMES_WORDS = f"a list of {', '.join(METHODS)}, or of names under compare.train"
 
@@ -98,8 +99,9 @@ class CompareSettings(Section):
         description=NAMES_WORDS,
     )
     seeds: Seeds = Field(default=(1, 2, 3), description=SEEDS_WORDS)
-    n_trials: int = Field(
-        default=6, ge=0, le=100_000, description="a whole number from 0 (no search) to 100000"
+    n_trials: Trials | Mapping[str, Trials] = Field(
+        default=6,
+        description="a whole number from 0 (no search) to 100000, or a mapping of names to such",
     )
     parallel: Whole = Field(default=2, description="a whole number of trainings side by side >= 1")
     space: Annotated[Mapping[str, SearchSpace], _over(DEFAULT_SPACES)] = Field(
@@ -125,6 +127,10 @@ class CompareSettings(Section):
         """Return the ranges of a name's search: its own, or else those of its method."""
         return self.space.get(name, self.space[self.method_of(name)])
 
+    def trials_of(self, name: str) -> int:
+        """Return how many trials a name's search has; a mapping that leaves it out means none."""
+        return self.n_trials if isinstance(self.n_trials, int) else self.n_trials.get(name, 0)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All that is trained: what is compared, then what only the window is about."""
@@ -136,12 +142,13 @@ class CompareSettings(Section):
         return [
             *_repeated(self, "methods", "seeds"),
             *self._unknown("methods", self.methods),
+            *(() if isinstance(self.n_trials, int) else self._unknown("n_trials", self.n_trials)),
             *self._train_conflicts(),
             *self._space_conflicts(),
             *self._window_conflicts(),
         ]
 
-    def _unknown(self, place: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    def _unknown(self, place: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:
             if name not in self.train:
                 yield (
@@ -169,7 +176,7 @@ class CompareSettings(Section):
         for name, space in self.space.items():
             yield from self._unknown(f"space.{name}", (name,))
             yield from ((f"space.{name}.{key}", words) for key, words in space.conflicts())
-            if self.n_trials and not space.model_dump(exclude_none=True):
+            if self.trials_of(name) and not space.model_dump(exclude_none=True):
                 expected = "expected a range for one setting at least, or n_trials: 0"
                 yield f"space.{name}", expected
 

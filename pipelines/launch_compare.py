@@ -118,7 +118,7 @@ def _log(
             "tasks": ", ".join(tasks),
             "methods": ", ".join(chosen.methods),
             "seeds": ", ".join(map(str, chosen.seeds)),
-            "n_trials": str(chosen.n_trials),
+            "n_trials": ", ".join(f"{name} {chosen.trials_of(name)}" for name in chosen.methods),
             "backbone": compared.comparison.backbone,
         },
         root=settings.root,

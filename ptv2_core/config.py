@@ -70,12 +70,12 @@ class PromptConfig:
             section 4.3).
     """
 
-    length: int = number(16, low=1, high=4096)
+    length: int = number(64, low=1, high=4096)
     layers: PromptLayers = "all"
     reparameterization: Reparameterization = "embedding"
     mlp_hidden: int = number(512, low=1, high=65536)
     dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
-    start: PromptStart = "normal"
+    start: PromptStart = "backbone"
     start_std: float = number(1.0, low=0.0, low_open=True)
     shift_positions: bool = True
 
@@ -146,7 +146,8 @@ class TrainConfig:
         init_from: A folder with a prompt, or `models:/NAME@ALIAS`, to begin from; none begins as
             `prompt.start` says.
         learning_rate: Peak learning rate of what `method` trains.
-        head_learning_rate: Peak learning rate of the head; none takes `learning_rate`.
+        head_learning_rate: Peak learning rate of the head; none takes `learning_rate`, and so does
+            a `probe`, which trains nothing else.
         epochs: Passes over the training data at most.
         batch_size: Rows in one step at most.
         token_budget: Padded tokens in one step at most.
@@ -165,10 +166,8 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     init_from: str | None = None
-    learning_rate: float = number(1e-2, low=0.0, low_open=True, high=1.0)
-    head_learning_rate: float | None = field(
-        default=None, metadata={"range": Range(low=0.0, low_open=True, high=1.0)}
-    )
+    learning_rate: float = number(1e-1, low=0.0, low_open=True, high=1.0)
+    head_learning_rate: float | None = number(1e-2, low=0.0, low_open=True, high=1.0)
     epochs: int = number(10, low=1, high=100_000)
     batch_size: int = number(32, low=1, high=65536)
     token_budget: int = number(4096, low=16, high=16_777_216)

@@ -31,7 +31,14 @@ PARAMS: dict[str, Any] = {
         "grace_epochs": 1,
         "space": {"prompt_length": [2, 4], "learning_rate": [1e-3, 3e-2]},
     },
-    "train": {"prompt": {"length": 4}, "epochs": 2, "batch_size": 16},
+    # a random backbone's own keys and values are small, and its few rows few steps
+    "train": {
+        "prompt": {"length": 4, "start": "normal"},
+        "learning_rate": 1e-2,
+        "head_learning_rate": None,
+        "epochs": 2,
+        "batch_size": 16,
+    },
     "evaluate": {"probe": True},
     "register": {"tracking_uri": "sqlite:///mlflow.db", "experiment": "ptv2", "gate_margin": 0.0},
     "run": {"concurrency": 2, "retries": 0},

@@ -36,6 +36,8 @@ def make_optimizer(
     own = [p for name, p in parameters.items() if not name.startswith("heads.")]
     heads = [p for name, p in parameters.items() if name.startswith("heads.")]
     head_rate = config.head_learning_rate or config.learning_rate
+    if config.method == "probe":
+        head_rate = config.learning_rate
     groups = [
         {"params": own, "lr": config.learning_rate, "peak": config.learning_rate},
         {"params": heads, "lr": head_rate, "peak": head_rate},

@@ -51,6 +51,7 @@ def settings(**changes: object) -> TrainConfig:
         "epochs": 2,
         "batch_size": 16,
         "learning_rate": 1e-2,
+        "head_learning_rate": None,
         "prompt": {"length": 4},
     }
     return TrainConfig.from_mapping({**values, **changes})

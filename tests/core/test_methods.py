@@ -171,7 +171,7 @@ def test_methods_restored_input_prompt_is_one(backbone_folder: Folder, tmp_path:
     assert isinstance(predictor.model.bank.slots[0], InputPrompt)
     assert predictor.model.bank.shift(0) == 4
     assert predictor.model.bank.first_layer(0) == 0
-    assert predictor.model.bank.configs[0] == PromptConfig(length=4, layers=1)
+    assert predictor.model.bank.configs[0] == PromptConfig(length=4, layers=1, start="normal")
     # 64 positions, 4 of them the prompt's, and two special tokens leave room for 58 words
     fits, longer = " ".join(["book"] * 58), " ".join(["book"] * 58 + ["rome"] * 40)
     first, second = predictor.logits([{"text": fits}, {"text": longer}])

@@ -29,6 +29,7 @@ QUICK: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 16,
     "learning_rate": 1e-2,
+    "head_learning_rate": None,
     "prompt": {"length": 4},
 }
 
@@ -37,8 +38,10 @@ RATES = {"ptv2": 2e-2, "prompt_tuning": 5e-2, "finetune": 1e-3, "probe": 5e-2}
 
 
 def settings(**changes: Any) -> TrainConfig:
-    """Return quick settings."""
-    return TrainConfig.from_mapping({**QUICK, **changes})
+    """Return quick settings; the prompt starts at random unless they say otherwise."""
+    values = {**QUICK, **changes}
+    prompt = {"start": "normal", **values["prompt"]}
+    return TrainConfig.from_mapping({**values, "prompt": prompt})
 
 
 class Bench:

@@ -25,8 +25,9 @@ NAMES = [
     "versions python", "versions ptv2", "versions torch", "versions transformers",
     "versions numpy", "versions safetensors", "versions optuna", "versions mlflow",
     "versions prefect", "versions dvc", "backbone name", "backbone folder", "backbone digest",
-    "backbone tokenizer", "backbone head reads", "data intents", "data pairs", "data slots",
-    "dvc stages", "dvc repository", "servers registry", "servers prefect",
+    "backbone tokenizer", "backbone head reads", "backbone prompt starts",
+    "backbone learning rates", "data intents", "data pairs", "data slots", "dvc stages",
+    "dvc repository", "servers registry", "servers prefect",
 ]  # fmt: skip
 
 
@@ -330,6 +331,43 @@ def test_doctor_says_what_a_head_reads_where_a_task_decides(root: Path) -> None:
     change_params(root, {"tasks.pairs.train.head.reads": "mean"})
     value = look()["backbone head reads"].value
     assert value == "cls, as its files say; train.head.reads sets pairs: mean"
+
+
+def test_doctor_says_where_prompts_start(root: Path) -> None:
+    change_params(
+        root,
+        {
+            "train.prompt.start": "backbone",
+            "tasks.pairs.train.prompt.start": "normal",
+            "tasks.slots.train.method": "probe",
+        },
+    )
+    value = look()["backbone prompt starts"].value
+    assert value == "at its own keys and values for training words: intents; at random: pairs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"learning_rate": 0.3}, "where prompts learn"),
+        ({"learning_rate": 0.9}, "pairs: 0.9, expected 0.01 to 0.5 (embedding)"),
+        (
+            {"learning_rate": 0.1, "prompt.reparameterization": "mlp"},
+            "pairs: 0.1, expected 0.0005 to 0.02 (mlp)",
+        ),
+        ({"learning_rate": 1e-4, "method": "finetune"}, "where prompts learn"),
+    ],
+)
+def test_doctor_notes_a_learning_rate_at_which_prompts_do_not_learn(
+    root: Path, changes: dict[str, object], value: str
+) -> None:
+    change_params(
+        root, {"train.learning_rate": 0.1, "train.prompt.reparameterization": "embedding"}
+    )
+    change_params(root, {f"tasks.pairs.train.{key}": one for key, one in changes.items()})
+    found = look()["backbone learning rates"]
+    assert found.value == value
+    assert found.state == ("ok" if value == "where prompts learn" else "note")
 
 
 # The workspace

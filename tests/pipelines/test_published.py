@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import yaml
 from pipelines import published
 from pipelines.flow_yaml import flow, task_lines
 from pipelines.published import PublishedTask, add_task, as_task, first_trials, load_published
-from pipelines.schema import SearchSettings, SearchSpace
+from pipelines.schema import SearchSpace
 from pipelines.settings import load_settings, read_yaml
 from pipelines.sources.hub import read_pin
 from ptv2_core.config import TrainConfig
@@ -281,7 +282,7 @@ def test_first_trials_are_the_published_settings_once(toy: PublishedTask) -> Non
 
 
 def test_as_task_widens_the_space_for_the_first_trial(toy: PublishedTask) -> None:
-    space = SearchSettings().space
+    space = SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 5e-2))
     assert as_task(toy, "large", space) == {
         "fetch": {"source": "local", "path": "data/toy", "files": {"train": "t.jsonl"}},
         "prepare": {
@@ -328,7 +329,8 @@ def test_add_task_appends_and_keeps_every_line(params: Path, toy: PublishedTask)
         "    fetch: {source: local, path: data/toy, files: {train: t.jsonl}}",
         "    prepare: {kind: classification, text: a, label: b, max_length: 128, text_pair: c}",
     ]
-    assert yaml.safe_load(added)["toy"] == as_task(toy, "large")
+    space = load_settings(params).search.space
+    assert yaml.safe_load(added)["toy"] == as_task(toy, "large", space)
     task = load_settings(params).task("toy")
     assert task.train.prompt.length == 128
     assert task.search.n_trials == 2
@@ -455,5 +457,17 @@ def test_task_lines_breaks_what_is_too_wide() -> None:
 def test_settings_of_the_documented_comparison_are_sound() -> None:
     settings = load_settings(ROOT / "configs" / "comparison.yaml")
     assert len(settings.tasks) == 10
-    assert settings.compare.methods == ("probe", "prompt_tuning", "ptv2", "finetune")
+    assert settings.compare.methods == ("probe", "ptv2", "finetune")
     assert set(settings.multitask.shared["tagging"].tasks) <= set(settings.tasks)
+
+
+def test_settings_of_the_documented_study_are_sound() -> None:
+    settings = load_settings(ROOT / "configs" / "study.yaml")
+    compare = settings.compare
+    assert set(compare.methods) <= set(compare.train)
+    assert compare.window is not None
+    assert compare.window.methods == ("ptv2", "plain")
+    # the names beside the methods are prompts in every layer with other settings
+    own = [name for name in compare.train if compare.train[name].get("method")]
+    assert {compare.method_of(name) for name in own} == {"ptv2"}
+    assert settings.task("slots").train == replace(TrainConfig(), epochs=6, patience=100)
