@@ -166,7 +166,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     init_from: str | None = None
-    learning_rate: float = number(1e-1, low=0.0, low_open=True, high=1.0)
+    learning_rate: float = number(5e-2, low=0.0, low_open=True, high=1.0)
     head_learning_rate: float | None = number(1e-2, low=0.0, low_open=True, high=1.0)
     epochs: int = number(10, low=1, high=100_000)
     batch_size: int = number(32, low=1, high=65536)

@@ -349,8 +349,8 @@ def test_doctor_says_where_prompts_start(root: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "value"),
     [
-        ({"learning_rate": 0.3}, "where prompts learn"),
-        ({"learning_rate": 0.9}, "pairs: 0.9, expected 0.01 to 0.5 (embedding)"),
+        ({"learning_rate": 0.2}, "where prompts learn"),
+        ({"learning_rate": 0.9}, "pairs: 0.9, expected 0.01 to 0.2 (embedding)"),
         (
             {"learning_rate": 0.1, "prompt.reparameterization": "mlp"},
             "pairs: 0.1, expected 0.0005 to 0.02 (mlp)",
