@@ -18,12 +18,12 @@ SET_BY_WINDOW = ("method", "init_from", "learning_rate", "seed")
 DEFAULT_SPACES: Mapping[str, SearchSpace] = {
     "probe": SearchSpace(learning_rate=(1e-3, 1e-1)),
     "prompt_tuning": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
-    "ptv2": SearchSpace(prompt_length=(16, 128), learning_rate=(1e-2, 2e-1)),
+    "ptv2": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
     "finetune": SearchSpace(learning_rate=(5e-5, 1e-3)),
 }
 DEFAULT_TRAINS: Mapping[str, Mapping[str, Any]] = {
     "probe": {"learning_rate": 1e-2},
-    "prompt_tuning": {"learning_rate": 2e-2},
+    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"start": "backbone"}},
     "ptv2": {},
     "finetune": {"learning_rate": 3e-4, "head_learning_rate": None, "backbone_dropout": True},
 }

@@ -357,7 +357,7 @@ class SearchSettings(Section):
         default=None, description="null or a mapping such as {layers: 2, n_trials: 12, keep: 3}"
     )
     space: SearchSpace = Field(
-        default=SearchSpace(prompt_length=(16, 128), learning_rate=(1e-2, 2e-1)),
+        default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
         description="a mapping of settings to their ranges",
     )
     first: Annotated[tuple[FirstTrial, ...], BeforeValidator(_tuple)] = Field(

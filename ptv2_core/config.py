@@ -70,12 +70,12 @@ class PromptConfig:
             section 4.3).
     """
 
-    length: int = number(64, low=1, high=4096)
+    length: int = number(16, low=1, high=4096)
     layers: PromptLayers = "all"
     reparameterization: Reparameterization = "embedding"
     mlp_hidden: int = number(512, low=1, high=65536)
     dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
-    start: PromptStart = "backbone"
+    start: PromptStart = "normal"
     start_std: float = number(1.0, low=0.0, low_open=True)
     shift_positions: bool = True
 
@@ -166,7 +166,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     init_from: str | None = None
-    learning_rate: float = number(5e-2, low=0.0, low_open=True, high=1.0)
+    learning_rate: float = number(1e-2, low=0.0, low_open=True, high=1.0)
     head_learning_rate: float | None = number(1e-2, low=0.0, low_open=True, high=1.0)
     epochs: int = number(10, low=1, high=100_000)
     batch_size: int = number(32, low=1, high=65536)
