@@ -64,19 +64,22 @@ class PromptConfig:
         start: `normal` draws from N(0, start_std), as the released code does; `backbone` takes the
             keys and values that the frozen backbone itself computes for training words.
         start_std: Standard deviation of a `normal` start.
+        start_attention: Share of their attention that tokens give to the prompt at the start, for
+            which its keys are shifted; None leaves what the start comes to.
         shift_positions: Whether token positions start at P, as in the released code. Without a
             prompt in the lowest layer they always start where the backbone has them.
         layers: Which layers have a prompt: `all`, the top so many, or a list, 0 the lowest (paper,
             section 4.3).
     """
 
-    length: int = number(16, low=1, high=4096)
+    length: int = number(64, low=1, high=4096)
     layers: PromptLayers = "all"
     reparameterization: Reparameterization = "embedding"
     mlp_hidden: int = number(512, low=1, high=65536)
     dropout: float = number(0.0, low=0.0, high=1.0, high_open=True)
-    start: PromptStart = "normal"
+    start: PromptStart = "backbone"
     start_std: float = number(1.0, low=0.0, low_open=True)
+    start_attention: float | None = number(0.05, low=0.0, low_open=True, high=1.0, high_open=True)
     shift_positions: bool = True
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
@@ -166,7 +169,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     init_from: str | None = None
-    learning_rate: float = number(1e-2, low=0.0, low_open=True, high=1.0)
+    learning_rate: float = number(5e-2, low=0.0, low_open=True, high=1.0)
     head_learning_rate: float | None = number(1e-2, low=0.0, low_open=True, high=1.0)
     epochs: int = number(10, low=1, high=100_000)
     batch_size: int = number(32, low=1, high=65536)

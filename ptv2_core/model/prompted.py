@@ -280,32 +280,3 @@ def _join(parts: Sequence[Part]) -> Part:
         trunk=trunk,
         read_at=read_at,
     )
-
-
-@torch.no_grad()
-def sample_keys_and_values(
-    model: PromptedModel, input_ids: Tensor, token_mask: Tensor, *, count: int, seed: int
-) -> Tensor:
-    """Return the backbone's own keys and values of `count` sampled tokens, `[L, 2, N, count, D]`.
-
-    Args:
-        model: Only its backbone is used.
-        input_ids: `[B, T]`.
-        token_mask: `[B, T]`, true at real tokens, of which there is at least one.
-        count: P, how many tokens to sample; with replacement where there are fewer.
-        seed: Of the sample.
-    """
-    captured: list[Captured] = []
-    bare = torch.full((input_ids.shape[0],), NO_SLOT)
-    model.encode(input_ids, token_mask, slots=bare, captured=captured)
-    places = token_mask.nonzero().cpu()  # [tokens, 2]: row and position
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(places), generator=generator)
-    if len(order) < count:
-        order = order.repeat(-(-count // len(order)))
-    rows, positions = places[order[:count]].unbind(dim=1)
-    layers = [
-        torch.stack([states[rows, :, positions].transpose(0, 1) for states in (one.key, one.value)])
-        for one in captured  # keys and values are [B, N, T, D]
-    ]
-    return torch.stack(layers).float().cpu()

@@ -36,6 +36,11 @@ class EmbeddingPrompt(nn.Module):
         """Return the prompt `[L, 2, N, P, D]`."""
         return self.weight
 
+    @torch.no_grad()
+    def shift_keys(self, shift: Tensor) -> None:
+        """Add `[L, N, D]` to the keys of all positions."""
+        self.weight[:, 0] += shift[:, :, None]
+
 
 class MlpPrompt(nn.Module):
     """A prompt produced from P embeddings by a two-layer MLP (paper, section 3.2)."""
@@ -57,6 +62,12 @@ class MlpPrompt(nn.Module):
         flat: Tensor = self.outer(torch.tanh(self.inner(self.embedding)))  # [P, L * 2 * N * D]
         split = flat.view(-1, shape.num_layers, 2, shape.num_heads, shape.head_size)
         return split.permute(1, 2, 3, 0, 4)  # [P, L, 2, N, D] -> [L, 2, N, P, D]
+
+    @torch.no_grad()
+    def shift_keys(self, shift: Tensor) -> None:
+        """Add `[L, N, D]` to the keys of all positions."""
+        shape = self.shape
+        self.outer.bias.view(shape.num_layers, 2, shape.num_heads, shape.head_size)[:, 0] += shift
 
 
 class InputPrompt(nn.Module):

@@ -3,28 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptv2_core.config import HeadConfig, TrainConfig
-from ptv2_core.data.batching import collate
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ConfigError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.heads import LinearHead, Reading, reading_for
-from ptv2_core.model.prompted import PromptedModel, sample_keys_and_values
+from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import (
     EmbeddingPrompt,
     InputPrompt,
     NoPrompt,
     PromptBank,
-    make_prompt,
 )
+from ptv2_core.training.prompt_start import new_deep_prompt
 
-# rows whose words a prompt that starts from the backbone is sampled from
-START_ROWS = 64
 MAX_FINETUNING_RATE = 2e-3
 
 
@@ -223,12 +219,7 @@ def _new_prompt(
     if config.method == "prompt_tuning":
         return _input_prompt(backbone, config, train)
     if start is None:
-        return make_prompt(
-            backbone.spec.shape,
-            config.prompt,
-            seed=config.seed,
-            start=_start(backbone, config, train),
-        )
+        return new_deep_prompt(backbone, config, train)
     shape = backbone.spec.shape
     layers = config.prompt.layer_indices(shape.num_layers)
     wanted = (len(layers), 2, shape.num_heads, config.prompt.length, shape.head_size)
@@ -267,15 +258,3 @@ def _input_prompt(backbone: Backbone, config: TrainConfig, train: EncodedSplit) 
         return InputPrompt(drawn * config.prompt.start_std)
     places = torch.randint(len(train.input_ids), (length,), generator=generator)
     return InputPrompt(embeddings(torch.from_numpy(train.input_ids[places.numpy()]).long()))
-
-
-def _start(backbone: Backbone, config: TrainConfig, train: EncodedSplit) -> Tensor | None:
-    """Return a prompt `[L, 2, N, P, D]` of the backbone's own keys and values, where asked for."""
-    if config.prompt.start != "backbone" or config.prompt.reparameterization == "mlp":
-        return None
-    chosen = np.random.default_rng(config.seed).permutation(len(train))[:START_ROWS]
-    batch = collate(train, np.sort(chosen)).to(backbone.device)
-    bare = PromptedModel(backbone, PromptBank(backbone.spec.shape), [])
-    return sample_keys_and_values(
-        bare, batch.input_ids, batch.token_mask, count=config.prompt.length, seed=config.seed
-    )

@@ -16,6 +16,7 @@ from ptv2_core.training.learner import Learner
 from ptv2_core.training.records import TrainReport
 from ptv2_core.training.sources import Source
 from ptv2_core.training.start import check_positions, new_model
+from tests.core.training_parts import settings
 from tests.tiny import (
     encode_for,
     examples_of,
@@ -43,18 +44,6 @@ def run(folder: Path, kind: str, config: TrainConfig) -> tuple[PromptedModel, li
     """Train to the end."""
     model, task, (train, dev) = build(folder, kind, config)
     return model, list(fit(model, task=task, train=train, dev=dev, config=config))
-
-
-def settings(**changes: object) -> TrainConfig:
-    """Return quick settings."""
-    values: dict[str, object] = {
-        "epochs": 2,
-        "batch_size": 16,
-        "learning_rate": 1e-2,
-        "head_learning_rate": None,
-        "prompt": {"length": 4},
-    }
-    return TrainConfig.from_mapping({**values, **changes})
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging"])

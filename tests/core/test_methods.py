@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from ptv2_core.config import PromptConfig
 from ptv2_core.data.batching import collate
 from ptv2_core.errors import BackboneError, ConfigError
 from ptv2_core.evaluation.predict import Predictor
@@ -171,7 +170,7 @@ def test_methods_restored_input_prompt_is_one(backbone_folder: Folder, tmp_path:
     assert isinstance(predictor.model.bank.slots[0], InputPrompt)
     assert predictor.model.bank.shift(0) == 4
     assert predictor.model.bank.first_layer(0) == 0
-    assert predictor.model.bank.configs[0] == PromptConfig(length=4, layers=1, start="normal")
+    assert predictor.model.bank.configs[0] == config.prompt
     # 64 positions, 4 of them the prompt's, and two special tokens leave room for 58 words
     fits, longer = " ".join(["book"] * 58), " ".join(["book"] * 58 + ["rome"] * 40)
     first, second = predictor.logits([{"text": fits}, {"text": longer}])

@@ -11,7 +11,7 @@ PROMPT, HEAD = "bank.slots.0.weight", "heads.0.linear.weight"
 @pytest.mark.parametrize(
     ("changes", "prompt", "head"),
     [
-        ({}, 0.01, 0.01),
+        ({}, 0.05, 0.01),
         ({"learning_rate": 0.2}, 0.2, 0.01),
         ({"learning_rate": 0.2, "head_learning_rate": None}, 0.2, 0.2),
         ({"method": "finetune", "learning_rate": 1e-4}, 1e-4, 0.01),

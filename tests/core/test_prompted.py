@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModel
 
 from ptv2_core.config import PromptConfig
-from ptv2_core.model.prompted import Part, PromptedModel, is_trainable_name, sample_keys_and_values
-from ptv2_core.model.prompts import NO_SLOT, PromptBank
+from ptv2_core.model.prompted import Part, is_trainable_name
+from ptv2_core.model.prompts import NO_SLOT
 from tests.core.oracle import encode_row
 from tests.tiny import MODELS, open_backbone, tiny_model
 
@@ -192,19 +192,3 @@ def test_prompted_gradient_reaches_every_layer_of_the_prompt(backbone_folder: Fo
     gradient = model.bank.slots[0].weight.grad
     # the last layer's prompt reaches the mean over tokens too
     assert (gradient.abs().amax(dim=(2, 3, 4)) > 0).all()
-
-
-def test_prompted_samples_the_backbones_own_keys_and_values(backbone_folder: Folder) -> None:
-    folder = backbone_folder("bert")
-    backbone = open_backbone(folder)
-    bare = PromptedModel(backbone, PromptBank(backbone.spec.shape), [])
-    row = [2, 7, 8, 3]
-    start = sample_keys_and_values(bare, *padded([row]), count=9, seed=3)
-    assert start.shape == (3, 2, 4, 9, 8)
-    plain = AutoModel.from_pretrained(folder)
-    with torch.no_grad():
-        states = plain.embeddings(input_ids=torch.tensor([row]))
-        key = plain.encoder.layer[0].attention.self.key(states).view(4, 4, 8)  # [T, N, D]
-    for position in range(9):
-        differences = (key - start[0, 0, :, position]).abs().amax(dim=(1, 2))
-        assert differences.min() < 1e-5

@@ -40,7 +40,7 @@ RATES = {"ptv2": 2e-2, "prompt_tuning": 5e-2, "finetune": 1e-3, "probe": 5e-2}
 def settings(**changes: Any) -> TrainConfig:
     """Return quick settings; the prompt starts at random unless they say otherwise."""
     values = {**QUICK, **changes}
-    prompt = {"start": "normal", **values["prompt"]}
+    prompt = {"start": "normal", "start_attention": None, **values["prompt"]}
     return TrainConfig.from_mapping({**values, "prompt": prompt})
 
 
