@@ -7,10 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.compare_data import Comparison
-from pipelines.compare_sheets import Sheet, main_sheet, sheets
+from pipelines.compare_sheets import main_sheet, sheets
 from pipelines.compare_stats import Summary
 from pipelines.compare_windows import summarise_windows
 from pipelines.compare_words import ABSENT, CLEAR, share, variant_text, wide
+from pipelines.tables import markdown_rows, markdown_text
 
 MOST_NAME_WIDTH = 24
 
@@ -85,12 +86,13 @@ def table(comparison: Comparison, summary: Summary) -> Table:
 
 def markdown(comparison: Comparison, summary: Summary) -> str:
     """Return the whole comparison as Markdown."""
-    lines = [f"# Comparison on {_plain(comparison.backbone)}", ""]
-    lines += [f"- {name}: {_plain(value)}" for name, value in facts(comparison)]
+    lines = [f"# Comparison on {markdown_text(comparison.backbone)}", ""]
+    lines += [f"- {name}: {markdown_text(value)}" for name, value in facts(comparison)]
     if note := missing_note(summary):
-        lines += ["", f"**{_plain(note)}**"]
+        lines += ["", f"**{markdown_text(note)}**"]
     for sheet in sheets(comparison, summary):
-        lines += ["", f"## {sheet.title}", "", _plain(sheet.note), "", *_markdown_rows(sheet)]
+        rows = markdown_rows(sheet.headers, sheet.rows, num_names=sheet.num_names)
+        lines += ["", f"## {sheet.title}", "", markdown_text(sheet.note), "", *rows]
     return "\n".join(lines) + "\n"
 
 
@@ -112,16 +114,3 @@ def _footer(comparison: Comparison, summary: Summary) -> Iterator[str]:
         yield f"Learning-rate window, of x{factor:g} (mean over tasks): {means}"
     for name in ("Hyper-parameters chosen on", "Search trials for each task", "Seeds", "Results"):
         yield f"{name}: {known[name]}"
-
-
-def _markdown_rows(sheet: Sheet) -> Iterator[str]:
-    ruler = ["---"] * sheet.num_names + ["--:"] * (len(sheet.headers) - sheet.num_names)
-    for cells in (sheet.headers, ruler, *sheet.rows):
-        yield f"| {' | '.join(map(_plain, cells))} |"
-
-
-def _plain(text: str) -> str:
-    """Return a text that Markdown shows as it is, in one line of a table."""
-    for character in "\\`*|<[":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())

@@ -53,7 +53,7 @@ def wide(share_of_range: float, factor: float) -> str:
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Return settings in one line; numbers with three significant digits."""
-    return ", ".join(f"{name} {_short(value)}" for name, value in settings.items()) or ABSENT
+    return ", ".join(f"{name} {value_text(value)}" for name, value in settings.items()) or ABSENT
 
 
 def variant_text(variant: Variant) -> str:
@@ -83,7 +83,8 @@ def p_value(value: float, resamples: int) -> str:
     return f"≤ {least:.1g}" if value <= least else f"{value:.3g}"
 
 
-def _short(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return a setting's value; a number with three significant digits."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list | tuple):

@@ -27,6 +27,8 @@ MOST_CHARACTERS = 200
 # fields that need no name
 UNNAMED = ("text", "text_pair", "tokens")
 STATE_STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
+# the first characters of a line of a unified diff, the longer ones first
+DIFF_STYLES = {"---": "bold", "+++": "bold", "@@": "cyan", "-": "red", "+": "green"}
 
 
 @contextmanager
@@ -116,6 +118,16 @@ def layers_table(inspection: "Inspection") -> Table:
     for row in inspection.layers:
         table.add_row(*(Text(cell) for cell in cells(row)))
     return table
+
+
+def diff_text(lines: Sequence[str]) -> Text:
+    """Return a unified diff, coloured where the console is a terminal."""
+    shown = Text()
+    for place, line in enumerate(lines):
+        style = next((DIFF_STYLES[mark] for mark in DIFF_STYLES if line.startswith(mark)), "")
+        shown.append("\n" * (place > 0))
+        shown.append(line, style=style)
+    return shown
 
 
 def answers_table(

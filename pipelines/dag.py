@@ -5,13 +5,14 @@ of their own: that is what lets independent stages run side by side, and DVC's P
 the working folder and signal handlers of its process.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,44 @@ def stale(root: Path, graph: StageGraph, environment: Mapping[str, str]) -> set[
     return graph.downstream(set(changed) & set(graph.nodes))
 
 
+def source_digests(root: Path, addresses: Collection[str]) -> dict[str, str]:
+    """Return a digest of all that each stage reads now, as its files and parameters are.
+
+    Args:
+        root: The workspace.
+        addresses: Stages; those that dvc.yaml does not have are left out.
+
+    Raises:
+        PipelineError: DVC cannot read the workspace.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            return {
+                str(stage.name): _digest(stage.deps)
+                for stage in repo.index.stages
+                if stage.cmd and str(stage.name) in addresses
+            }
+    except DvcException as error:
+        raise PipelineError(f"DVC cannot read the stages of {root}: {_reason(error)}") from error
+
+
+def _digest(deps: Iterable[Any]) -> str:
+    """Hash deps; one that is not there, or lacks a parameter, counts as such."""
+    from dvc.exceptions import DvcException
+
+    found: dict[str, Any] = {}
+    for dep in deps:
+        try:
+            found[str(dep)] = dep.get_hash().value
+        except (DvcException, OSError) as error:
+            found[str(dep)] = str(error)
+    text = json.dumps(found, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def repro(
     address: str,
     root: Path,
@@ -219,6 +258,33 @@ def repro(
 # conflict over the same files is another lock, and is reported at once.
 _DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 _QUIET = {"DVC_NO_ANALYTICS": "true", "PYTHONUNBUFFERED": "1"}
+
+
+def bring_up_to_date(
+    root: Path,
+    tasks: Sequence[str],
+    stages: Collection[str],
+    environment: Mapping[str, str],
+    on_stage: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Run the stages of some names that are out of date, as `dvc repro` does.
+
+    Args:
+        root: The workspace.
+        tasks: Whose.
+        stages: Their names, such as `prepare`.
+        environment: Of the commands.
+        on_stage: Called with the address of each that is run.
+
+    Raises:
+        PipelineError: The graph cannot be read, or a stage failed.
+    """
+    graph = read_graph(root).select(tasks)
+    old = stale(root, graph, environment)
+    for address, node in graph.nodes.items():
+        if node.stage in stages and address in old:
+            on_stage(address)
+            repro(address, root, environment)
 
 
 def _dvc(

@@ -26,7 +26,7 @@ from pipelines.settings import (
     read_environment,
 )
 from pipelines.threads import available_cores, chosen_threads, limit_threads, threads_by_user
-from ptv2_core.config import Device, Precision
+from ptv2_core.config import Device, Precision, PromptConfig
 from ptv2_core.errors import BackboneError, ConfigError
 from ptv2_core.machine import measure_gemm_rate
 from ptv2_core.model.backbones.loading import (
@@ -59,7 +59,7 @@ LITTLE_DISK_BYTES = 2**30
 CLEARLY_FASTER = 1.2
 """A ratio of two measured rates; below it they may differ by chance."""
 
-LEARNING_RATES = {"embedding": (2e-3, 2e-1), "mlp": (1e-4, 2e-2)}
+LEARNING_RATES = {"embedding": (5e-3, 2e-1), "mlp": (1e-4, 2e-2)}
 """Where prompts learned on one task or another (docs/optimisation.md, configs/paper.yaml)."""
 
 
@@ -284,18 +284,21 @@ def _reading(location: Location, settings: Settings) -> str:
 
 def _start(settings: Settings) -> str:
     """Say what gives prompts their first values, and so their scale."""
-    words = {"backbone": "at its own keys and values for training words", "normal": "at random"}
-    chosen = {
-        task.name: "normal" if prompt.reparameterization == "mlp" else prompt.start
-        for task in settings.tasks.values()
-        if (prompt := task.train.prompt) and task.train.method == "ptv2"
-    }
-    by_start = [
-        f"{words[start]}: {', '.join(name for name, own in chosen.items() if own == start)}"
-        for start in words
-        if start in chosen.values()
-    ]
-    return "; ".join(by_start) or "no task trains a prompt in every layer"
+    by_start: dict[str, list[str]] = {}
+    for task in settings.tasks.values():
+        if task.train.method == "ptv2":
+            by_start.setdefault(_start_of(task.train.prompt), []).append(task.name)
+    said = [f"{start}: {', '.join(names)}" for start, names in by_start.items()]
+    return "; ".join(said) or "no task trains a prompt in every layer"
+
+
+def _start_of(prompt: PromptConfig) -> str:
+    """Say how one prompt starts."""
+    is_own = prompt.start == "backbone" and prompt.reparameterization != "mlp"
+    place = "at its own keys and values for training words" if is_own else "at random"
+    if prompt.start_attention is None:
+        return place
+    return f"{place}, with {prompt.start_attention:.0%} of the attention"
 
 
 def _learning_rates(settings: Settings) -> Finding:

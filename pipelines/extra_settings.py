@@ -1,11 +1,11 @@
-"""The sections of params.yaml that no stage reads: `compare` and `multitask`."""
+"""The sections of params.yaml that no stage reads: `compare`, `multitask` and `sweep`."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from pipelines.schema import Conflicts, SearchSpace, Section, Seed, Whole
+from pipelines.schema import Conflicts, SearchSpace, Section, Seed, Text, Whole
 from ptv2_core.config import Method, TrainConfig
 from ptv2_core.data.tasks import NAME_PATTERN
 from ptv2_core.errors import ConfigError
@@ -18,12 +18,12 @@ SET_BY_WINDOW = ("method", "init_from", "learning_rate", "seed")
 DEFAULT_SPACES: Mapping[str, SearchSpace] = {
     "probe": SearchSpace(learning_rate=(1e-3, 1e-1)),
     "prompt_tuning": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
-    "ptv2": SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
+    "ptv2": SearchSpace(prompt_length=(16, 128), learning_rate=(1e-2, 2e-1)),
     "finetune": SearchSpace(learning_rate=(5e-5, 1e-3)),
 }
 DEFAULT_TRAINS: Mapping[str, Mapping[str, Any]] = {
     "probe": {"learning_rate": 1e-2},
-    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"start": "backbone"}},
+    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"length": 16}},
     "ptv2": {},
     "finetune": {"learning_rate": 3e-4, "head_learning_rate": None, "backbone_dropout": True},
 }
@@ -212,3 +212,52 @@ class MultitaskSettings(Section):
             for name, prompt in self.shared.items()
             for conflict in _train_conflicts(f"shared.{name}.train", prompt.train)
         ]
+
+
+class SweepSettings(Section):
+    """`ptv2 sweep`: the search of a task under Prefect; what is drawn is in `search`."""
+
+    n_trials: int = Field(
+        default=24, ge=1, le=100_000, description="a whole number of trials from 1 to 100000"
+    )
+    workers: int = Field(
+        default=2, ge=1, le=1024, description="a whole number of trials side by side, 1 to 1024"
+    )
+    engine: Literal["processes", "ray", "dask"] = Field(
+        default="processes", description="processes, ray or dask"
+    )
+    address: Text | None = Field(
+        default=None, description="null, or where a Ray or Dask cluster listens"
+    )
+    storage: Text | None = Field(
+        default=None, description="null, or postgresql://USER@HOST/DATABASE"
+    )
+    transfer: int = Field(
+        default=3, ge=0, le=1000, description="a whole number of settings from 0 to 1000"
+    )
+    finalists: int = Field(default=3, ge=1, le=100, description="a whole number from 1 to 100")
+    seeds: int = Field(default=3, ge=1, le=100, description="a whole number from 1 to 100")
+    patience: int | None = Field(
+        default=12, ge=1, description="null, or a whole number of finished trials >= 1"
+    )
+    margin: float = Field(
+        default=0.005, ge=0.0, le=1.0, description="a gain of the dev score, 0 to 1"
+    )
+    heartbeat_s: float = Field(
+        default=60.0, ge=1.0, le=86400.0, description="seconds from 1 to 86400"
+    )
+    retries: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
+
+    def conflicts(self) -> Conflicts:
+        """Refuse what the engine has no use for, and databases that cannot be shared."""
+        found = []
+        if self.address is not None and self.engine == "processes":
+            found.append(("address", "only engine: ray or dask has one; expected null"))
+        if self.storage is not None and not self.storage.startswith(
+            ("postgresql://", "postgresql+psycopg2://")
+        ):
+            # a password is not shown
+            kind = self.storage.partition(":")[0]
+            words = f"expected null (SQLite in .ptv2) or postgresql://..., got {kind}:..."
+            found.append(("storage", words))
+        return found

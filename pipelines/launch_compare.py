@@ -46,7 +46,13 @@ def run(
     target = None if json_file is None else json_file.absolute()
     os.chdir(settings.root)
     settings = load_settings(Path("params.yaml"))
-    _prepare(settings, tasks, console)
+    dag.bring_up_to_date(
+        settings.root,
+        tasks,
+        NEEDED_STAGES,
+        child_environment(),
+        lambda address: console.print(f"bringing {address} up to date", highlight=False),
+    )
     done: list[comparison.Compared] = []
 
     def work() -> str:
@@ -84,17 +90,6 @@ def _overlaid(compare: CompareSettings, changes: Mapping[str, Any]) -> CompareSe
         )
     assert isinstance(checked, CompareSettings), "problems were raised above"
     return checked
-
-
-def _prepare(settings: Settings, tasks: Sequence[str], console: Console) -> None:
-    """Bring the data of the tasks up to date, as `dvc repro prepare@TASK` does."""
-    graph = dag.read_graph(settings.root).select(tasks)
-    environment = child_environment()
-    old = dag.stale(settings.root, graph, environment)
-    for address, node in graph.nodes.items():
-        if node.stage in NEEDED_STAGES and address in old:
-            console.print(f"bringing {address} up to date", highlight=False)
-            dag.repro(address, settings.root, environment)
 
 
 def _log(

@@ -67,6 +67,16 @@ class TaskPaths:
         return self.root / "results" / "inspect" / f"{self.task}.html"
 
     @property
+    def sweep(self) -> Path:
+        """What `ptv2 sweep` found, which is no output of a stage."""
+        return self.root / "results" / "sweeps" / self.task
+
+    @property
+    def sweeps(self) -> Path:
+        """The database of the sweeps of all tasks."""
+        return self.root / ".ptv2" / "sweeps.db"
+
+    @property
     def study(self) -> Path:
         """The search's database, kept between runs."""
         return self.root / ".ptv2" / "studies" / f"{self.task}.db"

@@ -35,6 +35,8 @@ from ptv2_core.files import write_text_atomic
 
 PAPER = Path("configs/paper.yaml")
 FILE_KEYS = ("train", "tasks")
+SHARED = ("head_learning_rate", "weight_decay")
+"""Settings that all scripts have in common, and so none is the first to try."""
 NOTHING = "none"
 """What a user calls a task without published hyper-parameters."""
 
@@ -187,7 +189,7 @@ def first_trials(published: PublishedTask, family: str | None = None) -> list[di
         trial = {
             key: value
             for key, steps in PLACES.items()
-            if (value := _reached(settings.train, steps)) is not None
+            if key not in SHARED and (value := _reached(settings.train, steps)) is not None
         }
         if trial not in trials:
             trials.append(trial)

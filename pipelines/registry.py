@@ -219,11 +219,10 @@ def log_comparison(
     Raises:
         RegistryError: The registry does not answer or refuses.
     """
-    uri = _answering_uri(tracking_uri, root)
-    with _as_registry_errors(uri), quiet_mlflow():
-        client = _client(uri)
+    with connected(tracking_uri, experiment, root=root, again="ptv2 compare") as place:
+        client, experiment_id = place
         run = client.create_run(
-            _experiment(client, experiment, uri, root),
+            experiment_id,
             run_name="compare",
             tags={"ptv2.stage": "compare"},
         )
@@ -335,6 +334,27 @@ def _refresh_scores(
 # The connection
 
 
+@contextmanager
+def connected(
+    tracking_uri: str, experiment: str, *, root: Path, again: str
+) -> Iterator[tuple["MlflowClient", str]]:
+    """Yield a client of the registry and the id of an experiment, created when it is not there.
+
+    Args:
+        tracking_uri: The registry.
+        experiment: The experiment's name.
+        root: The workspace.
+        again: The command to run again once a failure is mended.
+
+    Raises:
+        RegistryError: The registry is away, unusable, or refuses, now or within the block.
+    """
+    uri = _answering_uri(tracking_uri, root)
+    with _as_registry_errors(uri, f"run `{again}` again"), quiet_mlflow():
+        client = _client(uri)
+        yield client, _experiment(client, experiment, uri, root)
+
+
 def _answering_uri(tracking_uri: str, root: Path) -> str:
     try:
         uri = resolve_uri(tracking_uri, root=root)
@@ -408,7 +428,7 @@ def _mlflow_exception() -> type[Any]:
 
 
 @contextmanager
-def _as_registry_errors(uri: str) -> Iterator[None]:
+def _as_registry_errors(uri: str, again: str = "run the stage 'register' again") -> Iterator[None]:
     """Turn what MLflow and its transports raise into one message for the user."""
     set_environment_defaults(MLFLOW_DEFAULTS)
     from sqlalchemy.exc import SQLAlchemyError
@@ -422,5 +442,5 @@ def _as_registry_errors(uri: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RegistryError(
             f"the registry {shown(uri)} refused or failed: {lines[0]} Nothing is registered twice: "
-            "run the stage 'register' again once the cause is mended."
+            f"{again} once the cause is mended."
         ) from error

@@ -252,11 +252,36 @@ class FetchSettings(Section):
 PLACES: Mapping[str, tuple[str, ...]] = {
     "prompt_length": ("prompt", "length"),
     "learning_rate": ("learning_rate",),
+    "head_learning_rate": ("head_learning_rate",),
     "reparameterization": ("prompt", "reparameterization"),
     "prompt_dropout": ("prompt", "dropout"),
+    "weight_decay": ("weight_decay",),
     "prompt_layers": ("prompt", "layers"),
 }
+
+
+def nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by the names of a space, nested as in the train section."""
+    found: dict[str, Any] = {}
+    for name, value in params.items():
+        *sections, key = PLACES[name]
+        target = found
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
+    return found
+
+
 """Where in `train` each setting of a search stands."""
+
+
+RANGES = ("prompt_length", "learning_rate", "head_learning_rate", "prompt_dropout", "weight_decay")
+"""The dimensions of a space that lie between two numbers; the others are lists."""
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+Rates = Annotated[tuple[Rate, Rate], BeforeValidator(_tuple)]
+RATES_WORDS = "null or [lowest, highest], numbers > 0 and <= 1"
+Decay = Annotated[float, Field(gt=0, le=10)]
 
 
 class SearchSpace(Section):
@@ -265,13 +290,8 @@ class SearchSpace(Section):
     prompt_length: Annotated[tuple[Whole, Whole], BeforeValidator(_tuple)] | None = Field(
         default=None, description="null or [lowest, highest], whole numbers >= 1"
     )
-    learning_rate: (
-        Annotated[
-            tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
-            BeforeValidator(_tuple),
-        ]
-        | None
-    ) = Field(default=None, description="null or [lowest, highest], numbers > 0 and <= 1")
+    learning_rate: Rates | None = Field(default=None, description=RATES_WORDS)
+    head_learning_rate: Rates | None = Field(default=None, description=RATES_WORDS)
     reparameterization: (
         Annotated[
             tuple[Reparameterization, ...],
@@ -283,7 +303,9 @@ class SearchSpace(Section):
     prompt_dropout: Annotated[tuple[Fraction, Fraction], BeforeValidator(_tuple)] | None = Field(
         default=None, description="null or [lowest, highest], numbers from 0 to below 1"
     )
-
+    weight_decay: Annotated[tuple[Decay, Decay], BeforeValidator(_tuple)] | None = Field(
+        default=None, description="null or [lowest, highest], numbers > 0 and <= 10"
+    )
     prompt_layers: (
         Annotated[tuple[Literal["all"] | Whole, ...], BeforeValidator(_tuple), Field(min_length=1)]
         | None
@@ -299,7 +321,7 @@ class SearchSpace(Section):
     def conflicts(self) -> Conflicts:
         """Refuse ranges that are upside down."""
         found = []
-        for key in ("prompt_length", "learning_rate", "prompt_dropout"):
+        for key in RANGES:
             limits = getattr(self, key)
             if limits is not None and limits[0] > limits[1]:
                 message = f"expected [lowest, highest], got {list(limits)}"
@@ -311,13 +333,13 @@ class FirstTrial(Section):
     """Settings that a search tries before it draws any."""
 
     prompt_length: Whole | None = Field(default=None, description="a whole number >= 1")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="a number > 0 and <= 1"
-    )
+    learning_rate: Rate | None = Field(default=None, description="a number > 0 and <= 1")
+    head_learning_rate: Rate | None = Field(default=None, description="a number > 0 and <= 1")
     reparameterization: Reparameterization | None = Field(
         default=None, description="embedding or mlp"
     )
     prompt_dropout: Fraction | None = Field(default=None, description="a number from 0 to below 1")
+    weight_decay: Decay | None = Field(default=None, description="a number > 0 and <= 10")
     prompt_layers: Literal["all"] | Whole | None = Field(
         default=None, description="all or a number of top layers"
     )
@@ -352,12 +374,14 @@ class SearchSettings(Section):
     parallel: int = Field(
         default=2, ge=1, le=256, description="a whole number of trials side by side, 1 to 256"
     )
-    pruner: Literal["median", "none"] = Field(default="median", description="median or none")
+    pruner: Literal["median", "successive_halving", "hyperband", "none"] = Field(
+        default="median", description="median, successive_halving, hyperband or none"
+    )
     screen: ScreenSettings | None = Field(
         default=None, description="null or a mapping such as {layers: 2, n_trials: 12, keep: 3}"
     )
     space: SearchSpace = Field(
-        default=SearchSpace(prompt_length=(8, 64), learning_rate=(3e-3, 1e-1)),
+        default=SearchSpace(prompt_length=(16, 128), learning_rate=(1e-2, 2e-1)),
         description="a mapping of settings to their ranges",
     )
     first: Annotated[tuple[FirstTrial, ...], BeforeValidator(_tuple)] = Field(
@@ -393,9 +417,9 @@ class SearchSettings(Section):
 def _inside(key: str, value: Any, limits: tuple[Any, ...] | None) -> bool:
     if limits is None:
         return False
-    if key in ("reparameterization", "prompt_layers"):
+    if key not in RANGES:
         return value in limits
-    return bool(limits[0] <= value <= limits[1])
+    return value is not None and bool(limits[0] <= value <= limits[1])
 
 
 class EvaluateSettings(Section):

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from pipelines.auto import resolved
 from pipelines.checking import Found, Where, check_section, did_you_mean
-from pipelines.extra_settings import CompareSettings, MultitaskSettings
+from pipelines.extra_settings import CompareSettings, MultitaskSettings, SweepSettings
 from pipelines.schema import (
     BackboneSettings,
     EvaluateSettings,
@@ -47,10 +48,11 @@ SHARED_MODELS: dict[str, type[Section] | type[TrainConfig]] = {
     "register": RegisterSettings,
     "compare": CompareSettings,
     "multitask": MultitaskSettings,
+    "sweep": SweepSettings,
     "run": RunSettings,
 }
 # what no stage reads may be left out
-OPTIONAL = ("compare", "multitask", "run")
+OPTIONAL = ("compare", "multitask", "sweep", "run")
 SECTIONS = (*SHARED_MODELS, "tasks")
 MAX_DEPTH = 16
 
@@ -94,6 +96,7 @@ class Settings:
     register: RegisterSettings
     compare: CompareSettings
     multitask: MultitaskSettings
+    sweep: SweepSettings
     run: RunSettings
     tasks: Mapping[str, TaskSettings]
 
@@ -118,6 +121,7 @@ class Environment:
     Attributes:
         mlflow_tracking_uri: MLFLOW_TRACKING_URI, which wins over `register.tracking_uri`.
         prefect_api_url: PREFECT_API_URL of a running Prefect server.
+        storage: PTV2_STORAGE, which wins over `sweep.storage`.
         flow_run_id: PTV2_FLOW_RUN_ID, the flow run that started this stage.
         omp_num_threads: OMP_NUM_THREADS as it is written; `pipelines.threads` reads the number.
         world_size: WORLD_SIZE, the processes that torchrun started; none without it.
@@ -127,6 +131,7 @@ class Environment:
 
     mlflow_tracking_uri: str | None = None
     prefect_api_url: str | None = None
+    storage: str | None = None
     flow_run_id: str | None = None
     omp_num_threads: str | None = None
     world_size: int | None = None
@@ -139,6 +144,7 @@ def read_environment() -> Environment:
     return Environment(
         mlflow_tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
         prefect_api_url=os.environ.get("PREFECT_API_URL") or None,
+        storage=os.environ.get("PTV2_STORAGE") or None,
         flow_run_id=os.environ.get("PTV2_FLOW_RUN_ID") or None,
         omp_num_threads=os.environ.get("OMP_NUM_THREADS") or None,
         **_torchrun(),
@@ -342,7 +348,8 @@ def _build(path: Path, values: dict[str, Any], found: Found) -> Settings | None:
             found.append(((name,), "this section is required; DVC tracks it"))
             continue
         problems: Found = []
-        shared[name] = check_section(model, values.get(name, {}), problems)
+        own = values.get(name, {})
+        shared[name] = check_section(model, resolved(own) if name == "train" else own, problems)
         found += [((name, *where), message) for where, message in problems]
     shared_found = list(found)
     tasks: dict[str, TaskSettings] = {}
@@ -399,6 +406,8 @@ def _build_task(
         base = values.get(key) if isinstance(values.get(key), dict) else {}
         problems: Found = []
         merged = merge(base, own[key]) if isinstance(own[key], dict) else own[key]
+        if key == "train":
+            merged = resolved(merged, _kind(own))
         sections[key] = check_section(model, merged, problems)
         for where, message in problems:
             if _reaches(own[key], where) or ((key, *where) not in dict(shared_found)):
@@ -407,6 +416,11 @@ def _build_task(
         return None
     common = {key: shared[key] for key in ("backbone", "evaluate", "register", "run")}
     return TaskSettings(name=name, **common, **sections)
+
+
+def _kind(own: Mapping[str, Any]) -> Any:
+    prepare = own.get("prepare")
+    return prepare.get("kind") if isinstance(prepare, dict) else None
 
 
 def merge(base: Any, own: Any) -> Any:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipelines.errors import PipelineError
 from pipelines.paths import alone
-from pipelines.schema import PLACES, SearchSettings
+from pipelines.schema import SearchSettings, SearchSpace, nested
 from pipelines.tables import csv_text
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import ConfigError, TrainingError
@@ -44,14 +44,7 @@ class Trial:
     @property
     def changes(self) -> dict[str, Any]:
         """What was drawn, nested as in the train section."""
-        nested: dict[str, Any] = {}
-        for name, value in self.params.items():
-            *sections, key = PLACES[name]
-            target = nested
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[key] = value
-        return nested
+        return nested(self.params)
 
     def summary(self) -> str:
         """Return one line about the trial."""
@@ -158,7 +151,7 @@ class Study:
             storage=f"sqlite:///{database}",
             direction="maximize",
             load_if_exists=True,
-            pruner=_pruner(search),
+            pruner=new_pruner(search),
         )
 
     def run(self, lanes: Lanes, on_trial: Callable[[Trial, int], None]) -> Outcome:
@@ -215,10 +208,10 @@ class Study:
         return Outcome(best=max(scored, key=lambda trial: trial.value or 0.0), counts=counts)
 
     def _begin(self, lanes: Lanes, lane: int, begun: int) -> _Running:
-        self._study.sampler = self._sampler(begun)
+        self._study.sampler = new_sampler(self._search.seed, begun)
         trial = self._study.ask()
-        drawn = Trial(number=trial.number, state="", value=None, params=self._suggest(trial))
-        lanes.start(lane, drawn.changes)
+        params = suggest(trial, self._search.space)
+        lanes.start(lane, nested(params))
         return _Running(trial=trial)
 
     def _is_over(self, lanes: Lanes, lane: int, running: _Running) -> bool:
@@ -241,35 +234,6 @@ class Study:
             self._study.tell(trial, state=TrialState.PRUNED)
             return True
         return False
-
-    def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        space = self._search.space
-        drawn: dict[str, Any] = {}
-        if space.prompt_length:
-            low, high = space.prompt_length
-            drawn["prompt_length"] = trial.suggest_int("prompt_length", low, high, log=True)
-        if space.learning_rate:
-            slow, fast = space.learning_rate
-            drawn["learning_rate"] = trial.suggest_float("learning_rate", slow, fast, log=True)
-        if space.reparameterization:
-            drawn["reparameterization"] = trial.suggest_categorical(
-                "reparameterization", space.reparameterization
-            )
-        if space.prompt_dropout:
-            drawn["prompt_dropout"] = trial.suggest_float("prompt_dropout", *space.prompt_dropout)
-        if space.prompt_layers:
-            drawn["prompt_layers"] = trial.suggest_categorical("prompt_layers", space.prompt_layers)
-        return drawn
-
-    def _sampler(self, begun: int) -> optuna.samplers.TPESampler:
-        """Return a sampler whose draw depends on the seed and the trials so far alone."""
-        seed = int(np.random.SeedSequence([self._search.seed, begun]).generate_state(1)[0])
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            constant_liar=True,
-            n_startup_trials=STARTUP_TRIALS,
-        )
 
     def _enqueue_first(self) -> None:
         if self._baseline and self._search.space.contains(self._baseline):
@@ -366,9 +330,56 @@ def reachable(search: SearchSettings, train: TrainConfig) -> SearchSettings:
     return search.model_copy(update={"space": space, "first": first, "screen": None})
 
 
-def _pruner(search: SearchSettings) -> optuna.pruners.BasePruner:
+def suggest(trial: optuna.Trial, space: SearchSpace) -> dict[str, Any]:
+    """Draw what a space has a range for; returned by its names."""
+    drawn: dict[str, Any] = {}
+    if space.prompt_length:
+        low, high = space.prompt_length
+        drawn["prompt_length"] = trial.suggest_int("prompt_length", low, high, log=True)
+    if space.learning_rate:
+        slow, fast = space.learning_rate
+        drawn["learning_rate"] = trial.suggest_float("learning_rate", slow, fast, log=True)
+    if space.head_learning_rate:
+        slow, fast = space.head_learning_rate
+        drawn["head_learning_rate"] = trial.suggest_float(
+            "head_learning_rate", slow, fast, log=True
+        )
+    if space.reparameterization:
+        drawn["reparameterization"] = trial.suggest_categorical(
+            "reparameterization", space.reparameterization
+        )
+    if space.prompt_dropout:
+        drawn["prompt_dropout"] = trial.suggest_float("prompt_dropout", *space.prompt_dropout)
+    if space.weight_decay:
+        weak, strong = space.weight_decay
+        drawn["weight_decay"] = trial.suggest_float("weight_decay", weak, strong, log=True)
+    if space.prompt_layers:
+        drawn["prompt_layers"] = trial.suggest_categorical("prompt_layers", space.prompt_layers)
+    return drawn
+
+
+def new_sampler(search_seed: int, begun: int) -> optuna.samplers.TPESampler:
+    """Return a sampler whose draw depends on the seed and the trials so far alone."""
+    seed = int(np.random.SeedSequence([search_seed, begun]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        multivariate=True,
+        constant_liar=True,
+        n_startup_trials=STARTUP_TRIALS,
+    )
+
+
+def new_pruner(search: SearchSettings) -> optuna.pruners.BasePruner:
+    """Return what gives trials up early, none before its grace is over."""
+    first = max(1, search.grace_epochs)
     if search.pruner == "none":
         return optuna.pruners.NopPruner()
+    if search.pruner == "successive_halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)
+    if search.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(
+            min_resource=first, max_resource=max(first, search.epochs), reduction_factor=2
+        )
     return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
 
 

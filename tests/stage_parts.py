@@ -33,7 +33,7 @@ PARAMS: dict[str, Any] = {
     },
     # a random backbone's own keys and values are small, and its few rows few steps
     "train": {
-        "prompt": {"length": 4, "start": "normal"},
+        "prompt": {"length": 4, "start": "normal", "start_attention": None},
         "learning_rate": 1e-2,
         "head_learning_rate": None,
         "epochs": 2,

@@ -10,29 +10,13 @@ from pipelines.compare_data import Comparison, Row, Trial
 from pipelines.compare_page.looks import Look, looks_of
 from pipelines.compare_stats import Difference, Summary
 from pipelines.compare_words import AVERAGE, gap, points, settings_text
+from pipelines.page_shell.plots import Figure
 from ptv2_core.config import Method
 
 PROMPTED: tuple[Method, ...] = ("prompt_tuning", "ptv2")
 HEIGHT_PX = 280
 FOREST_ROW_PX = 30
 NAME_OFFSET = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One plot.
-
-    Attributes:
-        title: Its heading.
-        says: What it shows, in a sentence.
-        data: Plotly's traces.
-        layout: Plotly's layout.
-    """
-
-    title: str
-    says: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

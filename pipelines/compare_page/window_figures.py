@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipelines.compare_data import Comparison, TaskFacts
-from pipelines.compare_page.figures import Figure, Group, plot_layout
+from pipelines.compare_page.figures import Group, plot_layout
 from pipelines.compare_page.looks import METHOD_LOOKS, Look, looks_of
 from pipelines.compare_stats import Summary
 from pipelines.compare_windows import WindowCell, probe_score, summarise_windows
 from pipelines.compare_words import points, share, wide
+from pipelines.page_shell.plots import Figure
 
 
 def window_groups(comparison: Comparison, summary: Summary) -> Iterator[Group]:

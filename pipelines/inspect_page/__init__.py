@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from importlib.resources import files
 
 from pipelines.inspect_page.figures import FIGURES, colour, draw
 from pipelines.inspect_report import HEADERS, cells
 from pipelines.inspection import Inspection
+from pipelines.page_shell import facts_list, shell, stylesheet, table
 
-# of the colour behind a cell; darker would hide its number
-STRONGEST = 0.7
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 READING = (
     "Attention: share that tokens of dev give to the prompt, and the change since the start in "
     "points. Keys and values: their root mean square over that of the layer's own. Rank: the "
@@ -22,45 +19,22 @@ READING = (
 def page(inspection: Inspection, explanation: Sequence[str]) -> str:
     """Return the whole inspection as one HTML page."""
     title = f"Prompt of {inspection.task}"
-    body = "\n".join(
-        [
-            f"<header><h1>{escape(title)}</h1>",
-            *_header(inspection, explanation),
-            "</header>\n<main>",
-            *_layers(inspection),
-            *_plots(inspection),
-            *_heads(inspection),
-            "</main>",
-        ]
-    )
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{_style()}</style></head>",
-            f"<body>\n{body}\n</body></html>\n",
-        ]
-    )
-
-
-def _style() -> str:
-    """Return the style of a comparison's page, and what is this page's own."""
-    here = files("pipelines")
-    sheets = (here / "compare_page" / "page.css", here / "inspect_page" / "page.css")
-    return "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    body = [
+        f"<header><h1>{escape(title)}</h1>",
+        *_header(inspection, explanation),
+        "</header>\n<main>",
+        *_layers(inspection),
+        *_plots(inspection),
+        *_heads(inspection),
+        "</main>",
+    ]
+    return shell(title, style=stylesheet("pipelines.inspect_page"), body=body)
 
 
 def _header(inspection: Inspection, explanation: Sequence[str]) -> Iterator[str]:
     for note in inspection.missing:
         yield f'<p class="warning" role="note">{escape(note)}</p>'
-    yield '<dl class="facts">'
-    for name, value in _facts(inspection):
-        yield f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-    yield "</dl>"
+    yield from facts_list(_facts(inspection))
     yield '<ul class="explanation" aria-label="What the figures say">'
     yield from (f"<li>{escape(sentence)}</li>" for sentence in explanation)
     yield "</ul>"
@@ -86,40 +60,8 @@ def _layers(inspection: Inspection) -> Iterator[str]:
     yield '<section aria-labelledby="layers"><h2 id="layers">Layer by layer</h2>'
     yield f'<p class="note">{escape(READING)}</p>'
     rows = [cells(row) for row in inspection.layers]
-    yield from _table("layers", HEADERS, rows)
+    yield from table("layers", HEADERS, rows)
     yield "</section>"
-
-
-def _table(
-    name: str,
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    shades: Sequence[Sequence[float]] | None = None,
-) -> Iterator[str]:
-    """Yield a table whose first column names its rows.
-
-    Args:
-        name: Of the heading above it.
-        headers: Of the columns.
-        rows: Texts.
-        shades: How dark each cell but the first is, from 0 to 1; None leaves them plain.
-    """
-    # a wide table scrolls in a box of its own; the keyboard must reach it
-    yield f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}">'
-    yield f'<table aria-labelledby="{name}"><thead><tr>'
-    yield from (f'<th scope="col" class="number">{escape(header)}</th>' for header in headers)
-    yield "</tr></thead><tbody>"
-    for number, (head, *others) in enumerate(rows):
-        yield f'<tr><th scope="row" class="number">{escape(head)}</th>'
-        for place, cell in enumerate(others):
-            shade = ""
-            if shades is not None:
-                share = STRONGEST * shades[number][place]
-                shade = f' style="background: rgb(59 127 240 / {share:.2f})"'
-            shown = escape(cell.replace("->", "\N{RIGHTWARDS ARROW}"))
-            yield f'<td class="number"{shade}>{shown.replace("-", chr(0x2212))}</td>'
-        yield "</tr>"
-    yield "</tbody></table></div>"
 
 
 def _plots(inspection: Inspection) -> Iterator[str]:
@@ -151,5 +93,6 @@ def _heads(inspection: Inspection) -> Iterator[str]:
         (str(row.layer), *(f"{100 * share:.0f}" for share in row.head_attention))
         for row in inspection.layers
     ]
-    yield from _table("heads", ["layer", *(f"head {n}" for n in range(count))], rows, shares)
+    headers = ["layer", *(f"head {n}" for n in range(count))]
+    yield from table("heads", headers, rows, shades=shares)
     yield "</section>"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from pipelines.inspection import Epoch, Inspection
+from pipelines.page_shell import blend
 from ptv2_core.training.records import LayerRecord
 
 WIDTH, HEIGHT = 380, 230
@@ -102,13 +103,7 @@ class _Axis:
 
 def colour(place: int, count: int) -> str:
     """Return the colour of a layer, `place` among `count` from the lowest."""
-    at = 0.0 if count < 2 else place / (count - 1) * (len(RAMP) - 1)
-    below = min(int(at), len(RAMP) - 2)
-    mixed = (
-        round(low + (high - low) * (at - below))
-        for low, high in zip(RAMP[below], RAMP[below + 1], strict=True)
-    )
-    return f"#{''.join(f'{part:02x}' for part in mixed)}"
+    return blend(RAMP, 0.0 if count < 2 else place / (count - 1))
 
 
 def draw(figure: Figure, inspection: Inspection) -> str | None:

@@ -259,8 +259,10 @@ def baseline(settings: TaskSettings) -> dict[str, Any]:
     values = {
         "prompt_length": train.prompt.length,
         "learning_rate": train.learning_rate,
+        "head_learning_rate": train.head_learning_rate,
         "reparameterization": train.prompt.reparameterization,
         "prompt_dropout": train.prompt.dropout,
+        "weight_decay": train.weight_decay,
         "prompt_layers": train.prompt.layers,
     }
     searched = settings.search.space.model_dump(exclude_none=True)

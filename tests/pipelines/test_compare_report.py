@@ -2,7 +2,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
@@ -20,8 +19,8 @@ from pipelines.compare_windows import summarise_windows
 from pipelines.compare_words import gap, settings_text, share, size, variant_text, wide
 from pipelines.errors import PipelineError
 from tests.pipelines.compare_parts import PLAIN, comparison, facts, row, sample, varied
+from tests.pipelines.page_parts import Page
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '</script><img src="http://x.example/a">'
 
 
@@ -41,29 +40,6 @@ def printed(shown, width):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(shown)
     return console.export_text()
-
-
-class Page(HTMLParser):
-    """What a page is made of."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.policy, self.texts = [], [], None, {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if dict(attributes).get("http-equiv") == "Content-Security-Policy":
-            self.policy = dict(attributes)["content"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
 @pytest.fixture(scope="module")

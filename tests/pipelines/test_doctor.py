@@ -350,7 +350,7 @@ def test_doctor_says_where_prompts_start(root: Path) -> None:
     ("changes", "value"),
     [
         ({"learning_rate": 0.2}, "where prompts learn"),
-        ({"learning_rate": 0.9}, "pairs: 0.9, expected 0.002 to 0.2 (embedding)"),
+        ({"learning_rate": 0.9}, "pairs: 0.9, expected 0.005 to 0.2 (embedding)"),
         (
             {"learning_rate": 0.1, "prompt.reparameterization": "mlp"},
             "pairs: 0.1, expected 0.0001 to 0.02 (mlp)",

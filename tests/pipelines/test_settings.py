@@ -212,7 +212,7 @@ tasks:
         ("prepare.dev_fraction", float("nan"), "from 0 to below 1, got nan"),
         ("prepare.seed", True, "expected a whole number from 0"),
         ("prepare.max_length", 3.0, "expected a whole number of tokens"),
-        ("search.pruner", "hyperband", "expected median or none, got 'hyperband'"),
+        ("search.pruner", "asha", "median, successive_halving, hyperband or none, got 'asha'"),
         ("search.space", {}, "expected a range for one setting at least"),
         ("search.space.learning_rate", [0, 1], "numbers > 0 and <= 1"),
         ("search.space.learning_rate", [0.1], "expected null or [lowest, highest]"),

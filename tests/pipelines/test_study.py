@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
+from pipelines import study as study_module
 from pipelines.errors import PipelineError
 from pipelines.schema import SearchSettings
 from pipelines.settings import child_environment
@@ -281,9 +282,10 @@ def test_study_stopped_in_its_first_trial_keeps_the_first_settings(
 
     study = open_study(tmp_path, first=first, n_trials=3)
     if drawn == "nothing":
-        monkeypatch.setattr(study, "_suggest", stopped)
+        monkeypatch.setattr(study_module, "suggest", stopped)
     with pytest.raises(KeyboardInterrupt):
         search.run(study, stopped)
+    monkeypatch.undo()
     resumed = Search()
     outcome = resumed.run(open_study(tmp_path, first=first, n_trials=3))
     lengths = [changes["prompt"]["length"] for changes in resumed.asked]

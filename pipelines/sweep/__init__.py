@@ -1,0 +1,1 @@
+"""`ptv2 sweep`: searches under Prefect, whose trials train side by side and survive what dies."""

@@ -1,0 +1,190 @@
+"""A process that trains trials for others: `python -m pipelines.sweep.host`, lines of JSON.
+
+It keeps data and backbone between trials, which costs a start once and not for each. What it is
+told comes through standard input, what it finds goes out through standard output, and the end of
+its input ends it: a host never outlives the process that started it. A thread of its own says that
+it is alive, so that one that is stopped or stuck is known from one that is slow.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from pipelines.paths import TaskPaths
+from pipelines.schema import nested
+from pipelines.settings import TaskSettings, load_settings
+from pipelines.stages.lanes import trial_config
+from pipelines.stages.prepare import Prepared
+from pipelines.stages.training import backbone_for, load_start, start_training, trunk_cache
+from pipelines.threads import limit_threads
+from ptv2_core.config import TrainConfig
+from ptv2_core.errors import PTv2Error
+from ptv2_core.training.checkpoint import Checkpoint
+
+BEATS_PER_TIMEOUT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training of a trial, as it goes through the pipe.
+
+    Attributes:
+        params_file: The settings as they were when the sweep began.
+        root: The workspace.
+        task: The task.
+        params: What was drawn, by the names of `search.space`.
+        seed: In place of that of `train`; None keeps it.
+        checkpoint: Where the training goes on from, and keeps its state.
+        halvings: How often batches were halved for want of memory.
+        workers: How many trials run side by side on this machine.
+        heartbeat_s: Silence after which the host is taken for dead.
+    """
+
+    params_file: str
+    root: str
+    task: str
+    params: dict[str, Any]
+    checkpoint: str
+    seed: int | None = None
+    halvings: int = 0
+    workers: int = 1
+    heartbeat_s: float = 60.0
+
+    def dumps(self) -> str:
+        """Return the job as a line."""
+        return json.dumps(asdict(self))
+
+
+class Trainer:
+    """Trains jobs of one task; what they share is loaded once."""
+
+    def __init__(self, settings: TaskSettings, root: Path) -> None:
+        """Load data and backbone.
+
+        Raises:
+            PTv2Error: They are not there, or not what they should be.
+        """
+        self._settings = settings
+        self._paths = TaskPaths(root=root, task=settings.name)
+        self._prepared = Prepared.load(self._paths.prepared)
+        self._backbone = backbone_for(settings, self._prepared)
+        self._start = load_start(settings, self._prepared, self._paths, self._backbone, pulls=False)
+        self._cache = trunk_cache(settings, self._paths)
+
+    def config(self, job: Job) -> TrainConfig:
+        """Return the settings of a job."""
+        changes: dict[str, Any] = nested(job.params)
+        if job.seed is not None:
+            changes["seed"] = job.seed
+        config = trial_config(self._settings, changes)
+        for _ in range(job.halvings):
+            smaller = {
+                "batch_size": max(1, config.batch_size // 2),
+                "token_budget": max(16, config.token_budget // 2),
+            }
+            config = TrainConfig.from_mapping({**config.to_mapping(), **smaller})
+        return config
+
+    def train(self, job: Job) -> Iterator[tuple[int, float]]:
+        """Yield each epoch and its score on dev, those before a checkpoint too.
+
+        Raises:
+            PTv2Error: The training cannot go on.
+        """
+        checkpoint = Checkpoint(
+            Path(job.checkpoint), every_s=min(self._settings.run.checkpoint_s, job.heartbeat_s)
+        )
+        _, reports = start_training(
+            self._backbone,
+            self._prepared,
+            self.config(job),
+            start=self._start,
+            trunk=self._cache,
+            checkpoint=checkpoint,
+        )
+        told = 0
+        for report in reports:
+            for record in report.history[told:]:
+                told += 1
+                yield record.epoch, record.dev_score
+
+
+def is_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory ran out."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("alloc" in words or "out of memory" in words)
+    )
+
+
+class _Pipe:
+    """Lines to whoever started this process, from any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._stream.write(json.dumps(message) + "\n")
+            self._stream.flush()
+
+
+def _beat(pipe: _Pipe, every_s: float, stop: threading.Event) -> None:
+    while not stop.wait(every_s):
+        try:
+            pipe.send({"beat": True})
+        except OSError:
+            return  # nobody listens: the main thread ends with its input
+
+
+def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: _Pipe, orders: TextIO) -> None:
+    """Train one job; after each epoch the other side says whether to go on."""
+    key = (job.params_file, job.task)
+    if key not in trainers:
+        trainers.clear()
+        limit_threads(job.workers)
+        settings = load_settings(Path(job.params_file)).task(job.task)
+        trainers[key] = Trainer(settings, Path(job.root))
+    for epoch, score in trainers[key].train(job):
+        pipe.send({"epoch": epoch, "score": score})
+        if orders.readline().strip() != "on":
+            return
+    pipe.send({"end": True})
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    orders = sys.stdin
+    # what libraries print would be read as messages
+    pipe = _Pipe(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)
+    trainers: dict[tuple[str, str], Trainer] = {}
+    while line := orders.readline():
+        job = Job(**json.loads(line))
+        stop = threading.Event()
+        every_s = job.heartbeat_s / BEATS_PER_TIMEOUT
+        threading.Thread(target=_beat, args=(pipe, every_s, stop), daemon=True).start()
+        try:
+            _serve(job, trainers, pipe, orders)
+        except BrokenPipeError:
+            return
+        except PTv2Error as error:
+            pipe.send({"failed": str(error)})
+        except Exception as error:
+            # whatever it is, it ends this trial and not the sweep
+            kind = "memory" if is_memory(error) else "failed"
+            pipe.send({kind: f"{type(error).__name__}: {error}"})
+        finally:
+            stop.set()
+
+
+if __name__ == "__main__":
+    main()

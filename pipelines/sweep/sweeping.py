@@ -1,0 +1,309 @@
+"""A sweep of one task, engine aside: what is trained next, when it is over, and what it found.
+
+Two rounds: trials until there are enough or no gain is to be expected; then the best of them with
+more seeds, since one seed's luck decides between settings that are nearly as good.
+"""
+
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from statistics import fmean, stdev
+from typing import Any
+
+from pipelines.errors import PipelineError
+from pipelines.extra_settings import SweepSettings
+from pipelines.paths import TaskPaths
+from pipelines.settings import Settings, TaskSettings, read_environment
+from pipelines.stages.prepare import Prepared
+from pipelines.stages.search import baseline, check_space, study_name
+from pipelines.stages.training import backbone_for, backbone_identity, load_start
+from pipelines.study import reachable
+from pipelines.sweep.host import Job
+from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord
+from pipelines.sweep.training import Order
+from pipelines.sweep.trials import Asked, SweepStudy
+
+LOOK_S = 1.0
+"""How often what runs is looked at, for those who watch."""
+
+Done = Callable[[], None]
+Submit = Callable[[str, Order, Done], None]
+"""Starts a training under a name; calls back from any thread once it is over, however it ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """A sweep at one moment.
+
+    Attributes:
+        task: The task.
+        asked: Trials that were asked for.
+        ended: Those that are over.
+        running: Those that train, with their scores so far.
+        finalists_left: Trainings with further seeds that are still to come; 0 before that round.
+        seconds_left: An estimate; None while nothing is known.
+    """
+
+    task: str
+    asked: int
+    ended: tuple[TrialRecord, ...]
+    running: tuple[TrialRecord, ...]
+    finalists_left: int
+    seconds_left: float | None
+
+
+OnLook = Callable[[Look], None]
+
+
+class Sweep:
+    """One task's sweep, opened and alone on its study."""
+
+    def __init__(
+        self, settings: TaskSettings, sweep: SweepSettings, paths: TaskPaths, study: SweepStudy
+    ) -> None:
+        """Hold what `opened` made."""
+        self.settings = settings
+        self.sweep = sweep
+        self.paths = paths
+        self.study = study
+        self.folder = paths.root / ".ptv2" / "sweeps" / settings.name / study.name
+        self._orders: dict[str, Order] = {}
+        self._resubmitted: dict[str, int] = {}
+        self._began = time.monotonic()
+        self.url = study.url
+
+    def order(self, asked: Asked, *, seed: int | None = None) -> Order:
+        """Return the training of a trial; with a seed, that of a finalist."""
+        name = f"trial-{asked.number}" + ("" if seed is None else f"-seed-{seed}")
+        return Order(
+            url=self.url,
+            study=self.study.name,
+            search=self.settings.search.model_dump_json(),
+            number=asked.number,
+            retries=self.sweep.retries,
+            is_finalist=seed is not None,
+            job=Job(
+                params_file=str(self.folder / "params.yaml"),
+                root=str(self.paths.root),
+                task=self.settings.name,
+                params=asked.params,
+                checkpoint=str(self.folder / f"{name}.safetensors"),
+                seed=seed,
+                workers=self.sweep.workers,
+                heartbeat_s=self.sweep.heartbeat_s,
+            ),
+        )
+
+    def run(self, submit: Submit, on_look: OnLook) -> SweepRecord:
+        """Train until it is over.
+
+        Args:
+            submit: Starts a training on an engine.
+            on_look: Called now and then with how it stands.
+
+        Raises:
+            PipelineError: No trial ended with a score, or the engine trains nothing.
+        """
+        stopped = self._trials(submit, on_look)
+        trials = self.study.trials()[: self.sweep.n_trials]
+        complete = [one for one in trials if one.state == "complete"]
+        if not complete:
+            said = next((one.message for one in reversed(trials) if one.message), "")
+            raise PipelineError(
+                f"sweep: none of {len(trials)} trials of {self.settings.name} ended with a score"
+                + (f"; the last said: {said}" if said else "")
+            )
+        best = sorted(complete, key=lambda one: (-(one.value or 0.0), one.number))
+        best = best[: self.sweep.finalists]
+        self._finalists(best, submit, on_look)
+        return self._record(trials, best, stopped)
+
+    def _trials(self, submit: Submit, on_look: OnLook) -> str:
+        """Train trials; returns why there are fewer than were asked for, or nothing."""
+        stopped = ""
+
+        def following() -> Iterator[tuple[str, Order]]:
+            nonlocal stopped
+            while True:
+                limits = (self.sweep.patience, self.sweep.margin)
+                stopped = stopped or self.study.why_stop(*limits)
+                begun = len(self.study.trials()) + len(self.study.running())
+                # what a dead sweep left is finished all the same
+                asked = self.study.ask(begun if stopped else self.sweep.n_trials)
+                if asked is None:
+                    return
+                yield _named(asked), self.order(asked)
+
+        self._train(following(), submit, on_look, lambda: 0)
+        is_short = len(self.study.trials()) < self.sweep.n_trials
+        return stopped if is_short else ""
+
+    def _finalists(self, best: list[TrialRecord], submit: Submit, on_look: OnLook) -> None:
+        own = self.settings.train.seed
+        known = self.study.seed_scores()
+        wanted = [
+            (one, own + further)
+            for one in best
+            for further in range(1, self.sweep.seeds)
+            if (one.number, own + further) not in known
+        ]
+        orders = [
+            (
+                f"finalist {one.number}, seed {seed}",
+                self.order(
+                    Asked(number=one.number, params=one.params, is_taken_over=False), seed=seed
+                ),
+            )
+            for one, seed in wanted
+        ]
+        numbers = {one.number for one in best}
+        before = len(known)
+
+        def left() -> int:
+            done = [key for key in self.study.seed_scores() if key[0] in numbers]
+            return max(0, len(orders) + before - len(done))
+
+        self._train(iter(orders), submit, on_look, left)
+
+    def _train(
+        self,
+        following: Iterator[tuple[str, Order]],
+        submit: Submit,
+        on_look: OnLook,
+        left: Callable[[], int],
+    ) -> None:
+        """Keep the workers busy with what follows, until nothing does."""
+        over: queue.SimpleQueue[str] = queue.SimpleQueue()
+        running: dict[str, Order] = {}
+
+        def start(name: str, order: Order) -> None:
+            running[name] = order
+            submit(name, order, lambda: over.put(name))
+
+        is_last = False
+        while True:
+            while not is_last and len(running) < self.sweep.workers:
+                found = next(following, None)
+                if found is None:
+                    is_last = True
+                    break
+                start(*found)
+            if not running:
+                return
+            on_look(self._look(left()))
+            try:
+                name = over.get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
+            order = running.pop(name)
+            if not self._has_ended(order):
+                self._again(name, order, start)
+
+    def _has_ended(self, order: Order) -> bool:
+        if order.is_finalist:
+            return True  # one that failed leaves its finalist with a seed less
+        return self.study.release(order.number)
+
+    def _again(self, name: str, order: Order, start: Callable[[str, Order], None]) -> None:
+        """Train a trial again whose engine, not only its process, was lost."""
+        died = self._resubmitted.get(name, 0) + 1
+        self._resubmitted[name] = died
+        if died > self.sweep.retries + 1:
+            raise PipelineError(
+                f"sweep: {name} was lost by the engine {died} times; no finished trial is lost. "
+                "See the task run's log in Prefect, mend the engine, and run the same command"
+            )
+        self.study.hold(order.number)
+        start(name, order)
+
+    def _look(self, finalists_left: int) -> Look:
+        ended, running = self.study.trials(), self.study.running()
+        trained = [one.seconds for one in ended if one.seconds > 0]
+        to_come = max(0, self.sweep.n_trials - len(ended)) + finalists_left
+        seconds = fmean(trained) * to_come / self.sweep.workers if trained else None
+        return Look(
+            task=self.settings.name,
+            asked=self.sweep.n_trials,
+            ended=ended,
+            running=running,
+            finalists_left=finalists_left,
+            seconds_left=seconds,
+        )
+
+    def _record(
+        self, trials: tuple[TrialRecord, ...], best: list[TrialRecord], stopped: str
+    ) -> SweepRecord:
+        further = self.study.seed_scores()
+        finalists = []
+        for one in best:
+            assert one.value is not None, "a complete trial has a value"
+            seeds = sorted(seed for number, seed in further if number == one.number)
+            scores = (one.value, *(further[one.number, seed] for seed in seeds))
+            spread = stdev(scores) if len(scores) > 1 else 0.0
+            finalists.append(
+                Finalist(number=one.number, scores=scores, mean=fmean(scores), spread=spread)
+            )
+        # fewer seeds mean less is known: those with all of them come first
+        finalists.sort(key=lambda one: (-len(one.scores), -one.rank, one.number))
+        return SweepRecord(
+            task=self.settings.name,
+            metric=Prepared.load(self.paths.prepared).task.metric,
+            study=self.study.name,
+            space=self.settings.search.space.model_dump(mode="json", exclude_none=True),
+            epochs=self.settings.search.epochs,
+            asked=self.sweep.n_trials,
+            trials=trials,
+            finalists=tuple(finalists),
+            stopped=stopped,
+            seconds=time.monotonic() - self._began,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            flow_run="",
+        )
+
+
+def _named(asked: Asked) -> str:
+    drawn = ", ".join(
+        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in asked.params.items()
+    )
+    return f"trial {asked.number}: {drawn}"
+
+
+def overlaid(sweep: SweepSettings, changes: Mapping[str, Any]) -> SweepSettings:
+    """Return the section with what a caller set; None leaves a key as it is."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return SweepSettings.model_validate({**sweep.model_dump(), **given})
+
+
+@contextmanager
+def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Sweep]:
+    """Open a task's sweep: a new one, or the one that an earlier process left.
+
+    Raises:
+        PTv2Error: Settings or data are wrong, the database cannot be used, or another sweep of
+            this task is running.
+    """
+    chosen = settings.task(task)
+    # neither decides what a trial scores, and so which study it is in
+    search = chosen.search.model_copy(update={"parallel": 1, "screen": None})
+    chosen = replace(chosen, search=reachable(search, chosen.train))
+    paths = TaskPaths(root=settings.root.resolve(), task=task)
+    prepared = Prepared.load(paths.prepared)
+    backbone = backbone_for(chosen, prepared)
+    check_space(chosen, backbone, prepared)
+    start = load_start(chosen, prepared, paths, backbone)
+    name = study_name(chosen, prepared, backbone_identity(chosen), start)
+    url = read_environment().storage or sweep.storage or f"sqlite:///{paths.sweeps}"
+    study = SweepStudy(url, f"{name}-sweep", chosen.search)
+    with study.held(paths.sweeps.with_name(f"sweeps-{task}.lock")):
+        first = [one.model_dump(exclude_none=True) for one in chosen.search.first]
+        study.begin(task, baseline(chosen), first, sweep.transfer)
+        made = Sweep(chosen, sweep, paths, study)
+        made.folder.mkdir(parents=True, exist_ok=True)
+        # a sweep goes on with the settings it began with, whatever becomes of the file meanwhile
+        shutil.copyfile(settings.path, made.folder / "params.yaml")
+        yield made

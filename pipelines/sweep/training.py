@@ -1,0 +1,93 @@
+"""What runs on an engine for one trial: supervise its training, and write to the study."""
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pipelines.schema import SearchSettings
+from pipelines.sweep.host import Job
+from pipelines.sweep.supervise import Ended, Supervisor
+from pipelines.sweep.trials import SweepStudy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A training that the sweep asks an engine for; plain values, so that it travels.
+
+    Attributes:
+        url: Of the study's database.
+        study: Its name.
+        search: As JSON: space, pruner and seed.
+        number: Of the trial.
+        job: What to train.
+        retries: How often its process may die.
+        is_finalist: Whether a finished trial is trained again with the job's seed.
+    """
+
+    url: str
+    study: str
+    search: str
+    number: int
+    job: Job
+    retries: int
+    is_finalist: bool
+
+
+_lock = threading.Lock()
+_supervisors: dict[str, Supervisor] = {}
+
+
+def supervisor(study: str) -> Supervisor:
+    """Return this process's supervisor of a study's trials."""
+    with _lock:
+        return _supervisors.setdefault(study, Supervisor())
+
+
+def end(study: str) -> None:
+    """Kill what this process trains for a study."""
+    with _lock:
+        found = _supervisors.pop(study, None)
+    if found is not None:
+        found.end()
+
+
+@lru_cache(maxsize=8)
+def _study(url: str, name: str, search: str) -> SweepStudy:
+    return SweepStudy(url, name, SearchSettings.model_validate_json(search))
+
+
+def train(order: Order) -> Ended:
+    """Train to the end, and write down how it ended.
+
+    Raises:
+        PipelineError: The sweep is ending, or the study's database is gone.
+    """
+    study = _study(order.url, order.study, order.search)
+    if order.is_finalist:
+        return _train_finalist(order, study)
+    before = study.retries(order.number)
+    ended = supervisor(order.study).run(
+        order.job,
+        lambda epoch, score: study.report(order.number, epoch, score),
+        retries=max(0, order.retries - before),
+        on_crash=lambda why: study.crashed(order.number, why),
+    )
+    study.tell(order.number, ended)
+    Path(order.job.checkpoint).unlink(missing_ok=True)
+    return ended
+
+
+def _train_finalist(order: Order, study: SweepStudy) -> Ended:
+    scores: list[float] = []
+
+    def on_epoch(epoch: int, score: float) -> bool:
+        scores.append(score)
+        return False
+
+    ended = supervisor(order.study).run(order.job, on_epoch, retries=order.retries)
+    if ended.state == "complete":
+        assert order.job.seed is not None, "a finalist is trained with a seed of its own"
+        study.set_seed_score(order.number, order.job.seed, max(scores))
+        Path(order.job.checkpoint).unlink(missing_ok=True)
+    return ended

@@ -1,0 +1,366 @@
+"""Optuna: the study of a sweep, in a database that outlives every process that works on it.
+
+A trial that is running when its sweep dies is no trial lost: it keeps its number and what was
+drawn, and the next sweep takes it over. So a study has exactly as many trials as were asked for.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from pipelines.errors import PipelineError
+from pipelines.paths import alone
+from pipelines.schema import SearchSettings
+from pipelines.study import FINISHED, new_pruner, new_sampler, suggest
+from pipelines.sweep.record import Origin, TrialRecord
+from pipelines.sweep.record import TrialState as State
+from pipelines.sweep.supervise import Ended
+
+ORIGIN, STATE, RETRIES, MESSAGE = "origin", "state", "retries", "message"
+TASK, SEEDED = "task", "seeded"
+SEED_PREFIX = "seed"
+
+LOST_FOR_S = 120.0
+"""How long a database may be away: a restart takes seconds, a failover a minute."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A trial that is to be trained.
+
+    Attributes:
+        number: Its number in the study.
+        params: What was drawn, by the names of the space.
+        is_taken_over: Whether an earlier process began it.
+    """
+
+    number: int
+    params: dict[str, Any]
+    is_taken_over: bool
+
+
+@lru_cache
+def open_storage(url: str) -> BaseStorage:
+    """Return the database at a URL; the threads of a process share it.
+
+    Raises:
+        PipelineError: It does not answer, or cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url.startswith("grpc://"):
+        host, _, port = url.removeprefix("grpc://").rpartition(":")
+        return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        engine: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    else:
+        engine = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+    try:
+        return RDBStorage(url, engine_kwargs=engine)
+    except (DBAPIError, ImportError, sqlalchemy.exc.ArgumentError) as error:
+        raise PipelineError(f"sweep.storage: {shown(url)}: {_first_line(error)}") from error
+
+
+def shown(url: str) -> str:
+    """Return a database's URL without its password."""
+    return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+
+
+class SweepStudy:
+    """The study of one sweep."""
+
+    def __init__(self, url: str, name: str, search: SearchSettings) -> None:
+        """Open or make it.
+
+        Args:
+            url: Of the database.
+            name: Changes with everything a trial depends on, so that studies never mix.
+            search: Space, pruner and seed.
+
+        Raises:
+            PipelineError: The database cannot be used.
+        """
+        self.url = url
+        self.name = name
+        self._search = search
+        self._storage = open_storage(url)
+        self._study = patiently(
+            lambda: optuna.create_study(
+                study_name=name,
+                storage=self._storage,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=new_pruner(search),
+            )
+        )
+        self._active: set[int] = set()
+
+    @contextmanager
+    def held(self, lock: Path) -> Iterator[None]:
+        """Hold the study alone, against other sweeps on this machine and on others.
+
+        Raises:
+            PipelineError: Another sweep holds it.
+        """
+        with alone(lock, "sweep"), self._held_by_server():
+            yield
+
+    @contextmanager
+    def _held_by_server(self) -> Iterator[None]:
+        if not self.url.startswith("postgresql"):
+            yield
+            return
+        digest = hashlib.sha256(self.name.encode()).digest()
+        key = int.from_bytes(digest[:8], "big", signed=True)
+        engine = sqlalchemy.create_engine(self.url, poolclass=sqlalchemy.pool.NullPool)
+        # the lock is the connection's, and goes with it
+        with engine.connect() as connection:
+            asked = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)")
+            if not connection.execute(asked, {"key": key}).scalar():
+                raise PipelineError(
+                    f"sweep: another machine works on {self.name}; wait for it or stop it"
+                )
+            yield
+
+    def begin(
+        self,
+        task: str,
+        baseline: Mapping[str, Any],
+        first: Sequence[Mapping[str, Any]],
+        transfer: int,
+    ) -> None:
+        """Queue what is tried before anything is drawn; a study that has begun is left alone.
+
+        Args:
+            task: The study's task.
+            baseline: The settings of `train`, by the names of the space.
+            first: Those of `search.first`.
+            transfer: How many of earlier studies, at most.
+        """
+        if patiently(lambda: self._study.user_attrs).get(SEEDED):
+            return
+        earlier = self._earlier(task, transfer) if transfer else []
+        queued: list[tuple[Origin, Mapping[str, Any]]] = [
+            ("baseline", baseline),
+            *(("first", one) for one in first),
+            *(("transferred", one) for one in earlier),
+        ]
+        for origin, params in queued:
+            if params and self._search.space.contains(params):
+                self._study.enqueue_trial(
+                    dict(params), user_attrs={ORIGIN: origin}, skip_if_exists=True
+                )
+        self._study.set_user_attr(TASK, task)
+        self._study.set_user_attr(SEEDED, True)
+
+    def _earlier(self, task: str, count: int) -> list[dict[str, Any]]:
+        """Return the best settings of other studies: this task's first, the newest first."""
+        names = set(self._search.space.model_dump(exclude_none=True))
+        found: list[tuple[bool, Any, list[dict[str, Any]]]] = []
+        for summary in optuna.get_all_study_summaries(self._storage):
+            if summary.study_name == self.name or TASK not in summary.user_attrs:
+                continue
+            study = optuna.load_study(study_name=summary.study_name, storage=self._storage)
+            complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            ranked = sorted(complete, key=lambda one: -(one.value or 0.0))
+            fitting = [
+                dict(one.params)
+                for one in ranked
+                if set(one.params) == names and self._search.space.contains(one.params)
+            ]
+            is_same = summary.user_attrs[TASK] == task
+            found.append((is_same, summary.datetime_start, fitting))
+        found.sort(key=lambda one: (one[0], one[1]), reverse=True)
+        # the best of each study, then the second best of each, and so on
+        rounds = zip_longest(*(fitting for *_, fitting in found))
+        return [one for turn in rounds for one in turn if one is not None][:count]
+
+    def ask(self, n_trials: int) -> Asked | None:
+        """Return a trial to train: one that a dead sweep left, or a new one.
+
+        Args:
+            n_trials: How many the study is to have; None is returned where it has them.
+        """
+        return patiently(lambda: self._ask(n_trials))
+
+    def _ask(self, n_trials: int) -> Asked | None:
+        frozen = self._study.get_trials(deepcopy=False)
+        left = [
+            one.number
+            for one in frozen
+            if one.state == TrialState.RUNNING and one.number not in self._active
+        ]
+        if left:
+            return self._begin(self._trial(left[0]), is_taken_over=True)
+        begun = sum(one.state in (*FINISHED, TrialState.RUNNING) for one in frozen)
+        if begun >= n_trials:
+            return None
+        self._study.sampler = new_sampler(self._search.seed, begun)
+        return self._begin(self._study.ask(), is_taken_over=False)
+
+    def _begin(self, trial: optuna.Trial, *, is_taken_over: bool) -> Asked:
+        # what was drawn before is not drawn again: Optuna keeps it
+        params = suggest(trial, self._search.space)
+        self._active.add(trial.number)
+        return Asked(number=trial.number, params=params, is_taken_over=is_taken_over)
+
+    def report(self, number: int, epoch: int, score: float) -> bool:
+        """Note the score of an epoch; returns whether the trial is to be given up."""
+        return patiently(lambda: self._report(number, epoch, score))
+
+    def _report(self, number: int, epoch: int, score: float) -> bool:
+        trial = self._trial(number)
+        if epoch not in patiently(lambda: self._frozen(number).intermediate_values):
+            trial.report(score, epoch)
+        return epoch < self._search.epochs and trial.should_prune()
+
+    def crashed(self, number: int, why: str) -> None:
+        """Note that a trial's process died; it is tried again."""
+        attrs = self._frozen(number).user_attrs
+        trial = self._trial(number)
+        patiently(lambda: trial.set_user_attr(RETRIES, attrs.get(RETRIES, 0) + 1))
+        patiently(lambda: trial.set_user_attr(MESSAGE, why))
+
+    def retries(self, number: int) -> int:
+        """Return how often a trial's process died, under earlier sweeps too."""
+        return int(patiently(lambda: self._frozen(number)).user_attrs.get(RETRIES, 0))
+
+    def tell(self, number: int, ended: Ended) -> None:
+        """Write down how a trial ended; told twice, it counts once."""
+        patiently(lambda: self._tell(number, ended))
+        self._active.discard(number)
+
+    def _tell(self, number: int, ended: Ended) -> None:
+        frozen = self._frozen(number)
+        if frozen.state.is_finished():
+            return
+        trial = self._trial(number)
+        trial.set_user_attr(STATE, ended.state)
+        trial.set_user_attr(MESSAGE, ended.message)
+        scores = frozen.intermediate_values.values()
+        if ended.state == "complete" and scores:
+            self._study.tell(number, max(scores), skip_if_finished=True)
+        elif ended.state == "pruned":
+            self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+        else:
+            self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def hold(self, number: int) -> None:
+        """Take a trial up again that was released."""
+        self._active.add(number)
+
+    def release(self, number: int) -> bool:
+        """Let a trial go that no process of this sweep works on; returns whether it has ended."""
+        self._active.discard(number)
+        return bool(patiently(lambda: self._frozen(number)).state.is_finished())
+
+    def running(self) -> tuple[TrialRecord, ...]:
+        """Return the trials that this sweep is training, with their scores so far."""
+        frozen = patiently(lambda: self._study.get_trials(deepcopy=False))
+        return tuple(_record(one) for one in frozen if one.number in self._active)
+
+    def trials(self) -> tuple[TrialRecord, ...]:
+        """Return the trials that ended, by number."""
+        frozen = patiently(lambda: self._study.get_trials(deepcopy=False, states=FINISHED))
+        return tuple(map(_record, frozen))
+
+    def why_stop(self, patience: int | None, margin: float) -> str:
+        """Return why no further trial is worth its time; empty where one is.
+
+        Args:
+            patience: Trials on end that may bring no gain; None: all may.
+            margin: What counts as a gain of the score.
+        """
+        trials = self.trials()
+        if patience is None or len(trials) <= patience:
+            return ""
+        best = max((one.value for one in trials[:-patience] if one.value is not None), default=None)
+        late = max((one.value for one in trials[-patience:] if one.value is not None), default=None)
+        if best is None or (late is not None and late > best + margin):
+            return ""
+        return f"none of the last {patience} trials gained more than {margin:g} on dev"
+
+    def seed_scores(self) -> dict[tuple[int, int], float]:
+        """Return the scores of finalists by trial and seed."""
+        attrs = patiently(lambda: self._study.user_attrs)
+        found = {}
+        for name, score in attrs.items():
+            prefix, _, rest = name.partition(":")
+            if prefix == SEED_PREFIX:
+                number, _, seed = rest.partition(":")
+                found[int(number), int(seed)] = float(score)
+        return found
+
+    def set_seed_score(self, number: int, seed: int, score: float) -> None:
+        """Keep the score of a finalist with one more seed."""
+        key = f"{SEED_PREFIX}:{number}:{seed}"
+        patiently(lambda: self._study.set_user_attr(key, score))
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._storage.get_trial(self._id(number))
+
+    def _trial(self, number: int) -> optuna.Trial:
+        return optuna.trial.Trial(self._study, self._id(number))
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+
+
+def _record(frozen: FrozenTrial) -> TrialRecord:
+    attrs = frozen.user_attrs
+    scores = tuple(frozen.intermediate_values[step] for step in sorted(frozen.intermediate_values))
+    by_optuna = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
+    state = by_optuna.get(frozen.state, attrs.get(STATE, "failed"))
+    has_value = scores and state in ("complete", "pruned")
+    return TrialRecord(
+        number=frozen.number,
+        state=cast(State, state),
+        params=dict(frozen.params),
+        origin=attrs.get(ORIGIN, "drawn"),
+        epochs=scores,
+        value=max(scores) if has_value else None,
+        seconds=frozen.duration.total_seconds() if frozen.duration else 0.0,
+        retries=int(attrs.get(RETRIES, 0)),
+        message=str(attrs.get(MESSAGE, "")),
+    )
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call what asks the database, again and again while it is away.
+
+    Raises:
+        PipelineError: It stays away, or cannot be written.
+    """
+    deadline = time.monotonic() + LOST_FOR_S
+    wait_s = 0.1
+    while True:
+        try:
+            return call()
+        except (OperationalError, optuna.exceptions.StorageInternalError) as error:
+            said = _first_line(error)
+            is_full = "full" in said or "readonly" in said
+            if is_full or time.monotonic() > deadline:
+                raise PipelineError(
+                    f"the study's database cannot be used: {said}; no finished trial is lost: mend "
+                    "it, and the same command goes on"
+                ) from error
+        time.sleep(wait_s)
+        wait_s = min(wait_s * 2, 5.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error.__cause__ or error).strip().splitlines()[0]
