@@ -101,14 +101,10 @@ def _winner(paths: TaskPaths) -> tuple[SweepRecord, dict[str, Any]]:
     """Return a task's last sweep and its winner's settings."""
     file = paths.sweep / FILE
     again = f"run `ptv2 sweep --task {paths.task}` again"
-    try:
-        record = SweepRecord.read(paths)
-        params = record.winner.params
-    except (ValueError, LookupError, TypeError, StopIteration) as error:
-        raise PipelineError(f"{file}: expected the record of a sweep; {again}") from error
+    record = SweepRecord.read(paths)
     if record.task != paths.task:
         raise PipelineError(f"{file}: expected a sweep of {paths.task}, got {record.task}; {again}")
-    for name in params:
+    for name in record.winner.params:
         if name not in PLACES:
             hint = did_you_mean(name, list(PLACES))
             raise PipelineError(f"{file}: {name!r} is no setting of a search{hint}; {again}")

@@ -1,15 +1,13 @@
 """What `auto` stands for in the section `train`: what trained well for the kind of task and method.
 
-The figures are in docs/optimisation.md. Prompts whose tokens each have an answer of their own learn
-best when they are loud and quick. Prompts that answer for whole texts begin quiet, and go slower:
-loud ones never learn to compare two texts.
+The figures are in docs/optimisation.md. Prompts for tags learn best when they are loud and quick.
+All others begin quiet, and go slower: loud ones never learn to compare two texts.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from ptv2_core.config import Method
-from ptv2_core.data.tasks import FORMS, TaskKind
 
 AUTO = "auto"
 RATES: Mapping[Method, float] = {"finetune": 3e-4, "prompt_tuning": 2e-2, "probe": 1e-2}
@@ -24,12 +22,12 @@ def resolved(train: Any, kind: Any = None) -> Any:
 
     Args:
         train: As the file has it; anything but a mapping is returned as it is.
-        kind: Of the task; None, or one that there is not, counts as whole texts.
+        kind: Of the task; None counts as whole texts.
     """
     if not isinstance(train, Mapping):
         return train
     prompt = train.get("prompt", {})
-    is_tokens = FORMS.get(cast(TaskKind, kind)) == "tokens" if isinstance(kind, str) else False
+    is_tokens = kind == "tagging"  # roles ask each token about another one, the predicate
     found = dict(train)
     if train.get("learning_rate", AUTO) == AUTO:
         is_mlp = isinstance(prompt, Mapping) and prompt.get("reparameterization") == "mlp"

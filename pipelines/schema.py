@@ -258,6 +258,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "weight_decay": ("weight_decay",),
     "prompt_layers": ("prompt", "layers"),
 }
+"""Where in `train` each setting of a search stands."""
 
 
 def nested(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,9 +271,6 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
             target = target.setdefault(section, {})
         target[key] = value
     return found
-
-
-"""Where in `train` each setting of a search stands."""
 
 
 RANGES = ("prompt_length", "learning_rate", "head_learning_rate", "prompt_dropout", "weight_decay")

@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,43 +22,13 @@ from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages.lanes import trial_config
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, load_start, start_training, trunk_cache
+from pipelines.sweep.job import Job
 from pipelines.threads import limit_threads
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error
 from ptv2_core.training.checkpoint import Checkpoint
 
 BEATS_PER_TIMEOUT = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One training of a trial, as it goes through the pipe.
-
-    Attributes:
-        params_file: The settings as they were when the sweep began.
-        root: The workspace.
-        task: The task.
-        params: What was drawn, by the names of `search.space`.
-        seed: In place of that of `train`; None keeps it.
-        checkpoint: Where the training goes on from, and keeps its state.
-        halvings: How often batches were halved for want of memory.
-        workers: How many trials run side by side on this machine.
-        heartbeat_s: Silence after which the host is taken for dead.
-    """
-
-    params_file: str
-    root: str
-    task: str
-    params: dict[str, Any]
-    checkpoint: str
-    seed: int | None = None
-    halvings: int = 0
-    workers: int = 1
-    heartbeat_s: float = 60.0
-
-    def dumps(self) -> str:
-        """Return the job as a line."""
-        return json.dumps(asdict(self))
 
 
 class Trainer:

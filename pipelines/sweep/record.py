@@ -1,4 +1,4 @@
-"""What a sweep found, as `results/TASK/sweep/sweep.json` holds it: plain values, no vendor."""
+"""What a sweep found, as `sweep.json` holds it: plain values, no vendor."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.schema import nested
 from ptv2_core.files import write_json_atomic
@@ -128,10 +129,18 @@ class SweepRecord:
         """Return a task's last sweep.
 
         Raises:
-            PipelineError: There is none; says what to run.
+            PipelineError: There is none, or it is damaged; says what to run.
         """
         file = paths.require(paths.sweep / FILE, "sweep")
-        return cls.from_mapping(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            found = cls.from_mapping(json.loads(file.read_text(encoding="utf-8")))
+            _ = found.winner
+        except (ValueError, LookupError, TypeError, StopIteration) as error:
+            raise PipelineError(
+                f"{file}: expected the record of a sweep; run `ptv2 sweep --task {paths.task}` "
+                "again, which keeps its trials"
+            ) from error
+        return found
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "SweepRecord":

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pipelines.errors import PipelineError
 from pipelines.settings import child_environment
-from pipelines.sweep.host import Job
+from pipelines.sweep.job import Job
 from pipelines.threads import thread_environment
 
 OnEpoch = Callable[[int, float], bool]

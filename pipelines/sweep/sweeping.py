@@ -22,10 +22,12 @@ from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import backbone_for, backbone_identity, load_start
 from pipelines.study import reachable
-from pipelines.sweep.host import Job
+from pipelines.sweep.job import Job
+from pipelines.sweep.proxy import host_and_port, one_writer
 from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord
+from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order
-from pipelines.sweep.trials import Asked, SweepStudy
+from pipelines.sweep.trials import LOST, Asked, SweepStudy
 
 LOOK_S = 1.0
 """How often what runs is looked at, for those who watch."""
@@ -205,19 +207,31 @@ class Sweep:
 
     def _has_ended(self, order: Order) -> bool:
         if order.is_finalist:
-            return True  # one that failed leaves its finalist with a seed less
+            # one that failed leaves its finalist with a seed less
+            assert order.job.seed is not None, "a finalist is trained with a seed of its own"
+            return self.study.has_seed(order.number, order.job.seed)
         return self.study.release(order.number)
 
     def _again(self, name: str, order: Order, start: Callable[[str, Order], None]) -> None:
-        """Train a trial again whose engine, not only its process, was lost."""
-        died = self._resubmitted.get(name, 0) + 1
-        self._resubmitted[name] = died
-        if died > self.sweep.retries + 1:
-            raise PipelineError(
-                f"sweep: {name} was lost by the engine {died} times; no finished trial is lost. "
-                "See the task run's log in Prefect, mend the engine, and run the same command"
-            )
-        self.study.hold(order.number)
+        """Train a trial again whose worker, and not only its process, was lost."""
+        if not order.is_finalist and self.study.lost(order.number):
+            retries = self.study.retries(order.number)
+            if retries > self.sweep.retries:
+                ended = Ended(state="crashed", seconds=0.0, retries=retries - 1, message=LOST)
+                self.study.tell(order.number, ended)
+                return
+        else:
+            # nobody began to train it: the fault is the engine's
+            died = self._resubmitted.get(name, 0) + 1
+            self._resubmitted[name] = died
+            if died > self.sweep.retries + 1:
+                raise PipelineError(
+                    f"sweep: {name} was lost by the engine {died} times; no finished trial is "
+                    "lost. See the task run's log in Prefect, mend the engine, and run the same "
+                    "command"
+                )
+        if not order.is_finalist:
+            self.study.hold(order.number)
         start(name, order)
 
     def _look(self, finalists_left: int) -> Look:
@@ -298,8 +312,10 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
     start = load_start(chosen, prepared, paths, backbone)
     name = study_name(chosen, prepared, backbone_identity(chosen), start)
     url = read_environment().storage or sweep.storage or f"sqlite:///{paths.sweeps}"
-    study = SweepStudy(url, f"{name}-sweep", chosen.search)
-    with study.held(paths.sweeps.with_name(f"sweeps-{task}.lock")):
+    with (
+        _reachable_url(url, sweep, paths) as shared,
+        _held(SweepStudy(shared, f"{name}-sweep", chosen.search), paths) as study,
+    ):
         first = [one.model_dump(exclude_none=True) for one in chosen.search.first]
         study.begin(task, baseline(chosen), first, sweep.transfer)
         made = Sweep(chosen, sweep, paths, study)
@@ -307,3 +323,21 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
         # a sweep goes on with the settings it began with, whatever becomes of the file meanwhile
         shutil.copyfile(settings.path, made.folder / "params.yaml")
         yield made
+
+
+@contextmanager
+def _held(study: SweepStudy, paths: TaskPaths) -> Iterator[SweepStudy]:
+    with study.held(paths.sweeps.with_name(f"sweeps-{paths.task}.lock")):
+        yield study
+
+
+@contextmanager
+def _reachable_url(url: str, sweep: SweepSettings, paths: TaskPaths) -> Iterator[str]:
+    """Yield the URL under which all trials reach the study's database, wherever they train."""
+    if sweep.engine == "processes" or not url.startswith("sqlite"):
+        yield url
+        return
+    towards, _ = host_and_port(sweep.address or "")
+    log = paths.sweeps.with_name(f"proxy-{paths.task}.log")
+    with one_writer(url, towards=towards, log=log) as proxied:
+        yield proxied

@@ -1,12 +1,12 @@
 """What runs on an engine for one trial: supervise its training, and write to the study."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from pipelines.schema import SearchSettings
-from pipelines.sweep.host import Job
+from pipelines.sweep.job import Job
 from pipelines.sweep.supervise import Ended, Supervisor
 from pipelines.sweep.trials import SweepStudy
 
@@ -16,7 +16,7 @@ class Order:
     """A training that the sweep asks an engine for; plain values, so that it travels.
 
     Attributes:
-        url: Of the study's database.
+        url: Of the study's database; engines log what they are given, and it may hold a password.
         study: Its name.
         search: As JSON: space, pruner and seed.
         number: Of the trial.
@@ -25,7 +25,7 @@ class Order:
         is_finalist: Whether a finished trial is trained again with the job's seed.
     """
 
-    url: str
+    url: str = field(repr=False)
     study: str
     search: str
     number: int
@@ -66,6 +66,7 @@ def train(order: Order) -> Ended:
     study = _study(order.url, order.study, order.search)
     if order.is_finalist:
         return _train_finalist(order, study)
+    study.begun(order.number)
     before = study.retries(order.number)
     ended = supervisor(order.study).run(
         order.job,
@@ -85,9 +86,9 @@ def _train_finalist(order: Order, study: SweepStudy) -> Ended:
         scores.append(score)
         return False
 
+    assert order.job.seed is not None, "a finalist is trained with a seed of its own"
     ended = supervisor(order.study).run(order.job, on_epoch, retries=order.retries)
-    if ended.state == "complete":
-        assert order.job.seed is not None, "a finalist is trained with a seed of its own"
-        study.set_seed_score(order.number, order.job.seed, max(scores))
-        Path(order.job.checkpoint).unlink(missing_ok=True)
+    score = max(scores) if ended.state == "complete" else None
+    study.set_seed_score(order.number, order.job.seed, score)
+    Path(order.job.checkpoint).unlink(missing_ok=True)
     return ended

@@ -4,7 +4,6 @@ A trial that is running when its sweep dies is no trial lost: it keeps its numbe
 drawn, and the next sweep takes it over. So a study has exactly as many trials as were asked for.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,23 @@ import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from pipelines.errors import PipelineError
 from pipelines.paths import alone
 from pipelines.schema import SearchSettings
+from pipelines.settings import set_environment_defaults
 from pipelines.study import FINISHED, new_pruner, new_sampler, suggest
 from pipelines.sweep.record import Origin, TrialRecord
 from pipelines.sweep.record import TrialState as State
+from pipelines.sweep.serverlock import ServerLock
 from pipelines.sweep.supervise import Ended
 
 ORIGIN, STATE, RETRIES, MESSAGE = "origin", "state", "retries", "message"
 TASK, SEEDED = "task", "seeded"
 SEED_PREFIX = "seed"
+BEGUN = "begun"
+LOST = "its worker was lost"
 
 LOST_FOR_S = 120.0
 """How long a database may be away: a restart takes seconds, a failover a minute."""
@@ -62,8 +65,7 @@ def open_storage(url: str) -> BaseStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url.startswith("grpc://"):
-        host, _, port = url.removeprefix("grpc://").rpartition(":")
-        return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
+        return _open_proxy(url)
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         engine: dict[str, Any] = {"connect_args": {"timeout": 60}}
@@ -75,9 +77,28 @@ def open_storage(url: str) -> BaseStorage:
         raise PipelineError(f"sweep.storage: {shown(url)}: {_first_line(error)}") from error
 
 
+def _open_proxy(url: str) -> BaseStorage:
+    host, _, port = url.removeprefix("grpc://").rpartition(":")
+    if not (host and port.isdecimal()):
+        raise PipelineError(f"sweep.storage: expected grpc://HOST:PORT, got {url}")
+    # what http_proxy is set for lies further away than a study's database
+    set_environment_defaults({"no_grpc_proxy": host})
+    try:
+        return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
+    except ImportError as error:
+        raise PipelineError(
+            f"sweep.storage: {url} needs a package that is not installed ({error.name}); install "
+            "it with `pip install grpcio`"
+        ) from error
+
+
 def shown(url: str) -> str:
     """Return a database's URL without its password."""
-    return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return f"{url.partition(':')[0]}:..."
+    return parsed.difference_update_query(["password"]).render_as_string(hide_password=True)
 
 
 class SweepStudy:
@@ -108,6 +129,7 @@ class SweepStudy:
             )
         )
         self._active: set[int] = set()
+        self._server_lock: ServerLock | None = None
 
     @contextmanager
     def held(self, lock: Path) -> Iterator[None]:
@@ -116,25 +138,18 @@ class SweepStudy:
         Raises:
             PipelineError: Another sweep holds it.
         """
-        with alone(lock, "sweep"), self._held_by_server():
-            yield
-
-    @contextmanager
-    def _held_by_server(self) -> Iterator[None]:
-        if not self.url.startswith("postgresql"):
-            yield
-            return
-        digest = hashlib.sha256(self.name.encode()).digest()
-        key = int.from_bytes(digest[:8], "big", signed=True)
-        engine = sqlalchemy.create_engine(self.url, poolclass=sqlalchemy.pool.NullPool)
-        # the lock is the connection's, and goes with it
-        with engine.connect() as connection:
-            asked = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)")
-            if not connection.execute(asked, {"key": key}).scalar():
-                raise PipelineError(
-                    f"sweep: another machine works on {self.name}; wait for it or stop it"
-                )
-            yield
+        with alone(lock, "sweep"):
+            if not self.url.startswith("postgresql"):
+                yield
+                return
+            lock_of_server = ServerLock(self.url, self.name)
+            try:
+                patiently(lock_of_server.take)
+                self._server_lock = lock_of_server
+                yield
+            finally:
+                self._server_lock = None
+                lock_of_server.release()
 
     def begin(
         self,
@@ -151,7 +166,16 @@ class SweepStudy:
             first: Those of `search.first`.
             transfer: How many of earlier studies, at most.
         """
-        if patiently(lambda: self._study.user_attrs).get(SEEDED):
+        patiently(lambda: self._begin_study(task, baseline, first, transfer))
+
+    def _begin_study(
+        self,
+        task: str,
+        baseline: Mapping[str, Any],
+        first: Sequence[Mapping[str, Any]],
+        transfer: int,
+    ) -> None:
+        if self._study.user_attrs.get(SEEDED):
             return
         earlier = self._earlier(task, transfer) if transfer else []
         queued: list[tuple[Origin, Mapping[str, Any]]] = [
@@ -198,6 +222,8 @@ class SweepStudy:
         return patiently(lambda: self._ask(n_trials))
 
     def _ask(self, n_trials: int) -> Asked | None:
+        if self._server_lock is not None:
+            self._server_lock.take()
         frozen = self._study.get_trials(deepcopy=False)
         left = [
             one.number
@@ -230,10 +256,24 @@ class SweepStudy:
 
     def crashed(self, number: int, why: str) -> None:
         """Note that a trial's process died; it is tried again."""
-        attrs = self._frozen(number).user_attrs
-        trial = self._trial(number)
-        patiently(lambda: trial.set_user_attr(RETRIES, attrs.get(RETRIES, 0) + 1))
+        before = self.retries(number)
+        trial = patiently(lambda: self._trial(number))
+        patiently(lambda: trial.set_user_attr(RETRIES, before + 1))
         patiently(lambda: trial.set_user_attr(MESSAGE, why))
+
+    def begun(self, number: int) -> None:
+        """Note that a worker trains a trial."""
+        trial = patiently(lambda: self._trial(number))
+        patiently(lambda: trial.set_user_attr(BEGUN, True))
+
+    def lost(self, number: int) -> bool:
+        """Note that a trial's worker was lost; returns whether one had begun to train it."""
+        if not patiently(lambda: self._frozen(number)).user_attrs.get(BEGUN):
+            return False
+        trial = patiently(lambda: self._trial(number))
+        patiently(lambda: trial.set_user_attr(BEGUN, False))
+        self.crashed(number, LOST)
+        return True
 
     def retries(self, number: int) -> int:
         """Return how often a trial's process died, under earlier sweeps too."""
@@ -300,15 +340,18 @@ class SweepStudy:
         found = {}
         for name, score in attrs.items():
             prefix, _, rest = name.partition(":")
-            if prefix == SEED_PREFIX:
+            if prefix == SEED_PREFIX and score is not None:
                 number, _, seed = rest.partition(":")
                 found[int(number), int(seed)] = float(score)
         return found
 
-    def set_seed_score(self, number: int, seed: int, score: float) -> None:
-        """Keep the score of a finalist with one more seed."""
-        key = f"{SEED_PREFIX}:{number}:{seed}"
-        patiently(lambda: self._study.set_user_attr(key, score))
+    def set_seed_score(self, number: int, seed: int, score: float | None) -> None:
+        """Keep the score of a finalist with one more seed; none where it failed."""
+        patiently(lambda: self._study.set_user_attr(_seed_key(number, seed), score))
+
+    def has_seed(self, number: int, seed: int) -> bool:
+        """Tell whether a finalist's training with a seed has ended, well or not."""
+        return _seed_key(number, seed) in patiently(lambda: self._study.user_attrs)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._id(number))
@@ -318,6 +361,10 @@ class SweepStudy:
 
     def _id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+
+
+def _seed_key(number: int, seed: int) -> str:
+    return f"{SEED_PREFIX}:{number}:{seed}"
 
 
 def _record(frozen: FrozenTrial) -> TrialRecord:
@@ -350,9 +397,9 @@ def patiently(call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except (OperationalError, optuna.exceptions.StorageInternalError) as error:
+        except _away() as error:
             said = _first_line(error)
-            is_full = "full" in said or "readonly" in said
+            is_full = any(word in said for word in ("full", "readonly", "No space left"))
             if is_full or time.monotonic() > deadline:
                 raise PipelineError(
                     f"the study's database cannot be used: {said}; no finished trial is lost: mend "
@@ -362,5 +409,19 @@ def patiently(call: Callable[[], T]) -> T:
         wait_s = min(wait_s * 2, 5.0)
 
 
+@lru_cache
+def _away() -> tuple[type[BaseException], ...]:
+    """Return what is raised while a database is away; gRPC's only where gRPC is installed."""
+    found: tuple[type[BaseException], ...] = (DBAPIError, optuna.exceptions.StorageInternalError)
+    try:
+        import grpc
+    except ImportError:
+        return found
+    return (*found, grpc.RpcError)
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0]
+    # the text of an error of gRPC begins with a table of its parts
+    told = getattr(error, "details", None)
+    words = str(told() if callable(told) else error.__cause__ or error)
+    return words.removeprefix("Exception calling application: ").strip().splitlines()[0]

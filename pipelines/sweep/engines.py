@@ -1,0 +1,195 @@
+"""Prefect: where trials train. Threads of this process, or workers of a Ray or a Dask cluster.
+
+Ray and Dask workers get a pickle of the flow and of the task, so this module imports nothing that
+is slow to load, and the flow itself holds nothing that cannot be pickled.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import prefect
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from pipelines.errors import PipelineError
+from pipelines.extra_settings import SweepSettings
+from pipelines.settings import set_environment_defaults
+from pipelines.sweep.proxy import host_and_port
+from pipelines.sweep.training import Order, train
+from pipelines.threads import thread_environment
+
+REACH_TIMEOUT_S = 10.0
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Ray's shared memory; orders and states are all that goes through it."""
+RAY_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # a trial asks for no GPU, and yet may train on one, as with the other engines
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+"""Workers write to the terminal of the sweep; the server gets their log all the same."""
+
+_work: ContextVar[Callable[[], State[Any]]] = ContextVar("work")
+
+
+def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> State[Any]:
+    """Do work in a flow run whose task runner is the engine; returns the state that it ended in.
+
+    Args:
+        name: Of the flow run.
+        sweep: Which engine, where it is, and how many trials it trains side by side.
+        work: What is done; may `submit`.
+
+    Raises:
+        PipelineError: The engine is not installed, or is not where the settings say.
+    """
+    runner = _runner(sweep)
+    token = _work.set(work)
+    try:
+        flow = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
+        return flow(return_state=True)
+    finally:
+        _work.reset(token)
+
+
+@prefect.flow(name="ptv2-sweep-task", persist_result=False)
+def _sweep_task() -> State[Any]:
+    return _working()
+
+
+def _working() -> State[Any]:
+    # a function of its own, since a flow is pickled with the variables it uses
+    return _work.get()()
+
+
+def submitting(sweep: SweepSettings) -> Callable[[str, Order, Callable[[], None]], None]:
+    """Return what starts trainings as task runs, for use inside of `run`."""
+    # a future that nobody holds is given up by Dask
+    held: set[PrefectFuture[Any]] = set()
+
+    def ended(future: PrefectFuture[Any], done: Callable[[], None]) -> None:
+        held.discard(future)
+        done()
+
+    def submit(name: str, order: Order, done: Callable[[], None]) -> None:
+        with _tried_once(sweep):
+            future = train_trial.with_options(task_run_name=name).submit(order)
+        held.add(future)
+        future.add_done_callback(partial(ended, done=done))
+
+    return submit
+
+
+@prefect.task(name="trial", tags=["trial"], cache_policy=NO_CACHE, persist_result=False, retries=0)
+def train_trial(order: Order) -> State[Any]:
+    """Train one trial; how it ended is in the study, and said by the state."""
+    ended = train(order)
+    words = f"{ended.state} in {ended.seconds:.1f} s"
+    if ended.retries:
+        words += f", {ended.retries} times begun again"
+    if ended.message:
+        words += f": {ended.message}"
+    if ended.state in ("failed", "crashed"):
+        return Failed(name=ended.state.capitalize(), message=words)
+    return Completed(name=ended.state.capitalize(), message=words)
+
+
+@contextmanager
+def _tried_once(sweep: SweepSettings) -> Iterator[None]:
+    """Have Ray leave a lost trial to the sweep, which counts how often that happens."""
+    if sweep.engine != "ray":
+        yield
+        return
+    from prefect_ray.context import remote_options
+
+    with remote_options(max_retries=0):
+        yield
+
+
+def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
+    """Return the engine.
+
+    Raises:
+        PipelineError: Its package is not installed, or nothing answers at its address.
+    """
+    if sweep.engine == "processes":
+        return ThreadPoolTaskRunner(max_workers=sweep.workers)
+    try:
+        runner = _ray(sweep) if sweep.engine == "ray" else _dask(sweep)
+    except ImportError as error:
+        raise PipelineError(
+            f"sweep.engine: {sweep.engine} needs a package that is not installed ({error.name}); "
+            f"install it with `pip install 'ptv2[{sweep.engine}]'`"
+        ) from error
+    if sweep.address is not None:
+        _check_reachable(sweep.address)
+    return runner
+
+
+def _ray(sweep: SweepSettings) -> TaskRunner[Any]:
+    # before Ray is imported, which reads them then
+    set_environment_defaults(RAY_DEFAULTS)
+    from prefect_ray import RayTaskRunner
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if sweep.address is not None:
+        return RayTaskRunner(address=sweep.address, init_kwargs=quiet)
+    own = {
+        "num_cpus": sweep.workers,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "runtime_env": {"env_vars": {**thread_environment(sweep.workers), **QUIET}},
+        "_node_ip_address": LOOPBACK,
+    }
+    # "local": not a cluster that somebody else started on this machine
+    return RayTaskRunner(address="local", init_kwargs={**own, **quiet})
+
+
+def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
+    import dask
+    from prefect_dask import DaskTaskRunner
+
+    if sweep.address is not None:
+        return DaskTaskRunner(address=sweep.address)
+    # a lost trial is left to the sweep, which counts how often that happens
+    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    return DaskTaskRunner(
+        cluster_kwargs={
+            "n_workers": sweep.workers,
+            "threads_per_worker": 1,
+            "processes": True,
+            "host": LOOPBACK,
+            "dashboard_address": None,
+            # the memory of a training is its own process's, which Dask does not see
+            "memory_limit": 0,
+            "silence_logs": "CRITICAL",
+            "env": {**thread_environment(sweep.workers), **QUIET},
+        }
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a cluster that does not listen, which its own library waits for without end.
+
+    Raises:
+        PipelineError: Nothing listens.
+    """
+    host, port = host_and_port(address)
+    if host is None or port is None:
+        return  # a name that the library resolves, such as `auto`
+    try:
+        with socket.create_connection((host, port), timeout=REACH_TIMEOUT_S):
+            return
+    except OSError as error:
+        raise PipelineError(
+            f"sweep.address: expected a cluster that listens at {address}: {error}; start it, or "
+            "set the address to null for one on this machine"
+        ) from error
