@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pipelines.settings import TaskSettings
 
 INTERRUPTED = 130
+# of `ptv2 up`, whose servers are no mistake of the user
+SERVER_FAILED = 1
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +32,7 @@ Task = Annotated[str, typer.Option("--task", "-t", help="A task of params.yaml."
 Workspace = Annotated[
     Path, typer.Option("--workspace", "-C", help="The folder of params.yaml.", show_default="here")
 ]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")]
 STAGES = "Stages, as dvc.yaml runs them"
 EVERYDAY = "Everyday"
 
@@ -80,6 +83,69 @@ def run(
     console.print(launch.where_to_look(settings), markup=False, highlight=False)
     if failed:
         raise failed
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def watch(
+    every: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks.")] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once only.")] = False,
+    workspace: Workspace = Path(),
+) -> None:
+    """Run the tasks whose sources changed, again and again; Ctrl-C ends it."""
+    from pipelines import launch_watch
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    console = _console()
+    if not once:
+        launch_watch.run(settings, every, console)
+        return
+    failed = launch_watch.look(settings, console)
+    if failed:
+        raise failed
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def up(
+    prefect_port: Port = 4200,
+    mlflow_port: Port = 5000,
+    optuna_port: Port = 8080,
+    workspace: Workspace = Path(),
+) -> None:
+    """Start the pages of Prefect, MLflow and Optuna Dashboard here; Ctrl-C stops them all."""
+    from pipelines import up as pages
+    from pipelines.errors import PipelineError
+    from pipelines.settings import load_settings
+
+    settings = load_settings(workspace / "params.yaml")
+    ports = pages.Ports(prefect=prefect_port, mlflow=mlflow_port, optuna=optuna_port)
+    try:
+        pages.run(settings, ports, _console())
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(SERVER_FAILED) from None
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def sweep(
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Only this task; may be repeated.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Of each task; default: sweep.n_trials.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials side by side; default: sweep.workers.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Search settings under Prefect: parallel, pruned, checked with seeds, safe from any crash."""
+    from pipelines.settings import load_settings
+    from pipelines.sweep import launch
+
+    settings = load_settings(workspace / "params.yaml")
+    chosen = [settings.task(name).name for name in task] if task else list(settings.tasks)
+    launch.run(settings, chosen, trials=trials, workers=workers, console=_console())
 
 
 @app.command(rich_help_panel=STAGES)
@@ -251,6 +317,25 @@ def multitask(
 
 
 @app.command(rich_help_panel=EVERYDAY)
+def apply(
+    task: Annotated[str, typer.Argument(help="A task of params.yaml that was swept.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the change and write nothing.")
+    ] = False,
+    workspace: Workspace = Path(),
+) -> None:
+    """Write the winner of a task's last sweep into params.yaml, and nothing else."""
+    from pipelines import apply as applying
+    from pipelines.console import diff_text
+
+    done = applying.apply(workspace, task, dry_run=dry_run)
+    if done.diff:
+        _console().print(diff_text(done.diff), soft_wrap=True)
+    for sentence in applying.sentences(done):
+        _say(sentence)
+
+
+@app.command(rich_help_panel=EVERYDAY)
 def add(
     name: Annotated[str, typer.Argument(help="A task of the file of published settings.")],
     source: Annotated[Path, typer.Option("--from", help="The file of published settings.")] = Path(
@@ -369,6 +454,39 @@ def inspect(
     for note in found.missing:
         _say(f"missing   {note}")
     _say(f"page      {paths.inspected} (open it in a browser)")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def study(
+    task: Annotated[str, typer.Argument(help="A task of params.yaml that was swept.")],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="The page; default: beside the sweep.")
+    ] = None,
+    png_folder: Annotated[
+        Path | None, typer.Option("--png", help="Where the plots go; default: beside the sweep.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Show a task's last sweep: its trials, what mattered and the winner; a page and plots."""
+    asked = [
+        None if path is None else path.absolute() for path in (html_file, png_folder, json_file)
+    ]
+    _, paths = _task(workspace, task)
+    from pipelines import study_files, study_report
+    from pipelines.sweep.record import SweepRecord
+
+    record = SweepRecord.read(paths)
+    console = _console()
+    console.print(study_report.trials_table(record))
+    console.print(study_report.finalists_table(record))
+    for sentence in study_report.sentences(record):
+        _say(sentence)
+    written = study_files.write_chosen(record, paths.sweep, *asked)
+    for name, place in written.items():
+        _say(f"{name:<9} {place}")
 
 
 @app.command(rich_help_panel=EVERYDAY)

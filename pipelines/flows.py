@@ -36,6 +36,9 @@ StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 
 RETRY_DELAYS_S = (2.0, 5.0, 15.0, 30.0)
 ARTIFACT_KEY = "ptv2-results"
+# `prefect concurrency-limit create gpu N`: N of these stages at once, over all runs of a server
+GPU_TAG = "gpu"
+GPU_STAGES = ("search", "train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +272,7 @@ def _submit(
     @prefect.task(
         name=node.stage,
         task_run_name=node.address,
-        tags=[node.task, node.stage],
+        tags=[node.task, node.stage, *([GPU_TAG] if node.stage in GPU_STAGES else [])],
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=retries,

@@ -1,12 +1,9 @@
 """What a flow run of ours has around it: a Prefect server, a quiet console, an end on SIGTERM."""
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import prefect
 from prefect.client.orchestration import get_client
@@ -15,6 +12,7 @@ from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines.errors import PipelineError
+from pipelines.interrupts import terminate_as_interrupt
 from pipelines.prefect_server import temporary_server
 
 DRAIN_TIMEOUT_S = 30.0
@@ -28,7 +26,7 @@ def session(root: Path) -> Iterator[None]:
     Raises:
         PipelineError: The server cannot be reached, or not be started.
     """
-    with _quiet_console(), _terminate_as_interrupt(), _server(root), prefect.tags(TAG):
+    with _quiet_console(), terminate_as_interrupt(), _server(root), prefect.tags(TAG):
         yield
 
 
@@ -72,20 +70,3 @@ def _quiet_console() -> Iterator[None]:
     finally:
         for handler, level in zip(handlers, levels, strict=True):
             handler.setLevel(level)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, so that stages are ended and their outs put back."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -14,12 +14,25 @@ CORE_VENDORS = {"numpy", "torch", "transformers", "safetensors"}
 
 # vendor -> the only modules that may import it
 VENDORS = {
-    "prefect": {"pipelines.compare_flow", "pipelines.flows", "pipelines.prefect_session"},
+    "prefect": {
+        "pipelines.compare_flow",
+        "pipelines.flows",
+        "pipelines.prefect_session",
+        "pipelines.sweep.engines",
+        "pipelines.sweep.flow",
+        "pipelines.watch_flow",
+    },
     "dvc": {"pipelines.dag"},
-    "optuna": {"pipelines.study"},
-    "yaml": {"pipelines.settings"},
+    "optuna": {
+        "pipelines.study",
+        "pipelines.study_plots",
+        "pipelines.sweep.proxy",
+        "pipelines.sweep.trials",
+    },
+    "yaml": {"pipelines.apply_yaml", "pipelines.settings"},
     "datasets": {"pipelines.sources.hub"},
     "mlflow": {
+        "pipelines.mlflow_sweep",
         "pipelines.registry",
         "pipelines.mlflow_model",
         "pipelines.mlflow_runs",

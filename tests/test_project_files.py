@@ -16,11 +16,13 @@ MAKE_TARGETS = {
     "demo",
     "test",
     "test-all",
+    "test-faults",
     "check",
     "format",
     "bench",
     "bench-train",
     "up",
+    "containers",
     "clean",
 }
 

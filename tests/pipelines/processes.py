@@ -138,6 +138,15 @@ class Running:
             time.sleep(0.02)
             left = self._left(left)
 
+    def wait(self) -> int:
+        """Wait until the command ends by itself; returns its exit code."""
+        return self._process.wait(PATIENCE_S)
+
+    def terminate(self) -> int:
+        """Ask the command alone to end, as `kill` does; returns its exit code."""
+        self._process.terminate()
+        return self._process.wait(PATIENCE_S)
+
     def interrupt(self) -> int:
         """Press Ctrl-C: interrupt the whole group; returns the exit code of the command."""
         os.killpg(self._process.pid, signal.SIGINT)

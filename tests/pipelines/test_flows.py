@@ -1,5 +1,3 @@
-import importlib
-import inspect
 import os
 import signal
 import threading
@@ -11,10 +9,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -186,15 +182,3 @@ def test_a_server_that_is_not_there_is_one_error(done: Workspace) -> None:
         pytest.raises(PipelineError, match="cannot reach Prefect at http://127.0.0.1:9/api"),
     ):
         run(done, "a")
-
-
-def test_the_deployment_names_a_flow_and_parameters_that_exist() -> None:
-    (deployment,) = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    path, _, name = deployment["entrypoint"].partition(":")
-    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
-    assert flow is flows.ptv2_run
-    assert set(deployment["parameters"]) == set(inspect.signature(flow.fn).parameters)
-    flow.validate_parameters(deployment["parameters"])
-    assert deployment["work_pool"]["name"] == "ptv2"
-    (schedule,) = deployment["schedules"]
-    CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
