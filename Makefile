@@ -23,7 +23,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all check format bench bench-train up clean
+.PHONY: help setup demo test test-all test-faults check format bench bench-train bench-sweep up containers clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[pipelines,serving,demo,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[pipelines,dashboard,serving,demo,dev]'
 	@rm -f $(VENV)/.ptv2-*
 	@touch $@
 
@@ -51,6 +51,9 @@ test: setup ## Run all tests but the long ones (over two minutes)
 test-all: setup ## Run all tests, the long ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
 
+test-faults: setup ## Kill, stop and starve sweeps some 200 times, and see that they lose nothing (10 minutes)
+	$(BIN)/python -m pytest -m "" -s tests/pipelines/test_sweep_faults.py $(ARGS)
+
 check: setup ## Lint, check the format, check the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,7 +69,13 @@ bench: setup ## Print how fast training is here against the named peers, in minu
 bench-train: setup ## The same in full: all data sets and backbones
 	$(BIN)/python -m benchmarks.train $(ARGS)
 
-up: ## Start PostgreSQL, MLflow, Prefect and a worker in containers (needs .env, see .env.example)
+bench-sweep: setup ## Print how many epochs a sweep spends against a grid and plain TPE, and its overhead
+	$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+up: setup ## Start the pages of Prefect, MLflow and Optuna Dashboard here; Ctrl-C stops them all
+	$(BIN)/ptv2 up $(ARGS)
+
+containers: ## Start PostgreSQL, MLflow, Prefect and a worker in containers (needs .env, see .env.example)
 	docker compose up --detach --wait
 
 # The caches of DVC go too: from them it would restore a registration in a registry that is gone.
