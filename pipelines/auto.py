@@ -7,10 +7,8 @@ All others begin quiet, and go slower: loud ones never learn to compare two text
 from collections.abc import Mapping
 from typing import Any
 
-from ptv2_core.config import Method
-
 AUTO = "auto"
-RATES: Mapping[Method, float] = {"finetune": 3e-4, "prompt_tuning": 2e-2, "probe": 1e-2}
+RATES: Mapping[str, float] = {"finetune": 3e-4, "prompt_tuning": 2e-2, "probe": 1e-2}
 """Of the methods whose learning rate does not depend on the kind of task."""
 MLP_RATE = 3e-3
 TOKENS_RATE, TEXTS_RATE = 1e-1, 5e-2

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import prefect
+from prefect import Flow
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
@@ -21,14 +22,16 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.settings import set_environment_defaults
-from pipelines.sweep.proxy import host_and_port
 from pipelines.sweep.training import Order, train
+from pipelines.sweep.urls import host_and_port
 from pipelines.threads import thread_environment
 
 REACH_TIMEOUT_S = 10.0
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Ray's shared memory; orders and states are all that goes through it."""
+RAY_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""What Ray calls a cluster of one machine; else it asks under which address others see this one."""
 RAY_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # a trial asks for no GPU, and yet may train on one, as with the other engines
@@ -54,14 +57,15 @@ def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> Stat
     runner = _runner(sweep)
     token = _work.set(work)
     try:
-        flow = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
-        return flow(return_state=True)
+        flow: Flow[[], Any] = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
+        return cast(State[Any], flow(return_state=True))
     finally:
         _work.reset(token)
 
 
+# Annotations are pickled too, and `State[Any]` is a class that another process may not find.
 @prefect.flow(name="ptv2-sweep-task", persist_result=False)
-def _sweep_task() -> State[Any]:
+def _sweep_task() -> Any:
     return _working()
 
 
@@ -89,9 +93,13 @@ def submitting(sweep: SweepSettings) -> Callable[[str, Order, Callable[[], None]
 
 
 @prefect.task(name="trial", tags=["trial"], cache_policy=NO_CACHE, persist_result=False, retries=0)
-def train_trial(order: Order) -> State[Any]:
+def train_trial(order: Order) -> Any:
     """Train one trial; how it ended is in the study, and said by the state."""
-    ended = train(order)
+    try:
+        ended = train(order)
+    except Exception as error:
+        # whatever it is, another process may not be able to read it: its words alone travel
+        return Failed(message=f"{type(error).__name__}: {error}")
     words = f"{ended.state} in {ended.seconds:.1f} s"
     if ended.retries:
         words += f", {ended.retries} times begun again"
@@ -135,27 +143,26 @@ def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
 
 
 def _ray(sweep: SweepSettings) -> TaskRunner[Any]:
-    # before Ray is imported, which reads them then
-    set_environment_defaults(RAY_DEFAULTS)
-    from prefect_ray import RayTaskRunner
+    # set before Ray is imported, which reads them then
+    set_environment_defaults({**RAY_DEFAULTS, **({} if sweep.address else RAY_LOOPBACK)})
+    from prefect_ray.task_runners import RayTaskRunner
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if sweep.address is not None:
-        return RayTaskRunner(address=sweep.address, init_kwargs=quiet)
+        return cast(TaskRunner[Any], RayTaskRunner(address=sweep.address, init_kwargs=quiet))
     own = {
         "num_cpus": sweep.workers,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "runtime_env": {"env_vars": {**thread_environment(sweep.workers), **QUIET}},
-        "_node_ip_address": LOOPBACK,
     }
     # "local": not a cluster that somebody else started on this machine
-    return RayTaskRunner(address="local", init_kwargs={**own, **quiet})
+    return cast(TaskRunner[Any], RayTaskRunner(address="local", init_kwargs={**own, **quiet}))
 
 
 def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
     import dask
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     if sweep.address is not None:
         return DaskTaskRunner(address=sweep.address)
@@ -167,7 +174,7 @@ def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
             "threads_per_worker": 1,
             "processes": True,
             "host": LOOPBACK,
-            "dashboard_address": None,
+            "dashboard_address": f"{LOOPBACK}:0",
             # the memory of a training is its own process's, which Dask does not see
             "memory_limit": 0,
             "silence_logs": "CRITICAL",

@@ -135,8 +135,8 @@ def sweep_one(settings: Settings, task: str, sweep: SweepSettings, on_look: OnLo
                 return Failed(message=str(error))
             finally:
                 end(opened_sweep.study.name)
-        record = replace(record, flow_run=flow_run.name or "")
-        finishing.finish(settings, record)
+            record = replace(record, flow_run=flow_run.name or "")
+            finishing.finish(settings, record)
         key = f"{ARTIFACT_KEY}-{task.replace('_', '-')}"
         create_markdown_artifact(
             key=key, markdown=markdown(record), description=f"Trials and winner of {task}"

@@ -6,6 +6,7 @@ its input ends it: a host never outlives the process that started it. A thread o
 it is alive, so that one that is stopped or stuck is known from one that is slow.
 """
 
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from ptv2_core.errors import PTv2Error
 from ptv2_core.training.checkpoint import Checkpoint
 
 BEATS_PER_TIMEOUT = 4
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Trainer:
@@ -93,6 +95,15 @@ def is_memory(error: BaseException) -> bool:
     )
 
 
+def is_room(error: BaseException | None) -> bool:
+    """Tell whether an exception says that a disk is full, or comes of one that does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        error = error.__cause__
+    return False
+
+
 class _Pipe:
     """Lines to whoever started this process, from any thread."""
 
@@ -111,7 +122,7 @@ def _beat(pipe: _Pipe, every_s: float, stop: threading.Event) -> None:
         try:
             pipe.send({"beat": True})
         except OSError:
-            return  # nobody listens: the main thread ends with its input
+            os._exit(1)  # nobody listens, and the main thread may train for long yet
 
 
 def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: _Pipe, orders: TextIO) -> None:
@@ -145,12 +156,11 @@ def main() -> None:
             _serve(job, trainers, pipe, orders)
         except BrokenPipeError:
             return
-        except PTv2Error as error:
-            pipe.send({"failed": str(error)})
         except Exception as error:
-            # whatever it is, it ends this trial and not the sweep
-            kind = "memory" if is_memory(error) else "failed"
-            pipe.send({kind: f"{type(error).__name__}: {error}"})
+            # whatever it is, it ends this trial and not the sweep; a full disk is no fault of its
+            kind = "room" if is_room(error) else "memory" if is_memory(error) else "failed"
+            is_ours = isinstance(error, PTv2Error)
+            pipe.send({kind: str(error) if is_ours else f"{type(error).__name__}: {error}"})
         finally:
             stop.set()
 

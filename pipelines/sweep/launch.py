@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -39,7 +40,7 @@ def run(
     """
     with _drawing(console) as on_look:
         records = flow.run(settings, tasks, trials=trials, workers=workers, on_look=on_look)
-    plain = {"markup": False, "highlight": False, "soft_wrap": True}
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
     for record in records:
         counts = ", ".join(f"{count} {state}" for state, count in record.counts().items())
         words = f"swept {record.task}: {counts}; {record.epochs_spent} epochs"

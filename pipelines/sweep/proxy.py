@@ -9,12 +9,12 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import BaseStorage
@@ -100,16 +100,6 @@ def listening_address(towards: str | None) -> str:
     return LOOPBACK if ipaddress.ip_address(found).is_loopback else found
 
 
-def host_and_port(address: str) -> tuple[str | None, int | None]:
-    """Return the parts of a cluster's address; none of a name such as `auto`."""
-    try:
-        parts = urlsplit(address if "//" in address else f"//{address}")
-        port = parts.port
-    except ValueError:
-        return None, None
-    return (parts.hostname, port) if port is not None else (None, None)
-
-
 class _Outspoken:
     """A storage whose errors say what caused them, which gRPC leaves out."""
 
@@ -130,8 +120,11 @@ class _Outspoken:
 
 def main(url: str, host: str, port: str) -> None:
     """Serve until the end of the process."""
+    # it is pinned, and tested with that version
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     storage = cast(BaseStorage, _Outspoken(open_storage(url)))
-    optuna.storages.run_grpc_proxy_server(storage, host=host, port=int(port))
+    with suppress(KeyboardInterrupt):
+        optuna.storages.run_grpc_proxy_server(storage, host=host, port=int(port))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ class Ended:
     message: str
 
 
+class NoRoomError(PipelineError):
+    """A disk is full: no trial can go on, and none is at fault."""
+
+
 class Host:
     """A running host, and the lines it sends."""
 
@@ -150,6 +154,7 @@ class Supervisor:
 
         Raises:
             PipelineError: The sweep is ending.
+            NoRoomError: A disk is full.
         """
         began = time.monotonic()
         died, told, notes = 0, 0, list[str]()
@@ -165,6 +170,9 @@ class Supervisor:
                 self._keep(host)
                 message = "; ".join(notes)
                 return _ended(state, began, died, message)
+            if state == "room":
+                self._keep(host)
+                raise NoRoomError(why)
             if state == "memory" and job.halvings == 0:
                 # what is left in this process is not to be trusted
                 self._drop(host)
@@ -212,6 +220,8 @@ class Supervisor:
                 return "failed", message["failed"], told
             elif "memory" in message:
                 return "memory", message["memory"], told
+            elif "room" in message:
+                return "room", message["room"], told
 
     def end(self) -> None:
         """Kill all hosts; trials that run raise."""

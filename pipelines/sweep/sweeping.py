@@ -23,11 +23,12 @@ from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import backbone_for, backbone_identity, load_start
 from pipelines.study import reachable
 from pipelines.sweep.job import Job
-from pipelines.sweep.proxy import host_and_port, one_writer
+from pipelines.sweep.proxy import one_writer
 from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord
 from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order
 from pipelines.sweep.trials import LOST, Asked, SweepStudy
+from pipelines.sweep.urls import host_and_port, with_driver
 
 LOOK_S = 1.0
 """How often what runs is looked at, for those who watch."""
@@ -122,6 +123,8 @@ class Sweep:
         best = sorted(complete, key=lambda one: (-(one.value or 0.0), one.number))
         best = best[: self.sweep.finalists]
         self._finalists(best, submit, on_look)
+        for left in self.folder.glob("*.safetensors"):
+            left.unlink()  # of trials that were told, whose process died before it removed it
         return self._record(trials, best, stopped)
 
     def _trials(self, submit: Submit, on_look: OnLook) -> str:
@@ -184,6 +187,7 @@ class Sweep:
 
         def start(name: str, order: Order) -> None:
             running[name] = order
+            self.study.take_stop(order.number)  # what stopped an earlier sweep
             submit(name, order, lambda: over.put(name))
 
         is_last = False
@@ -202,6 +206,8 @@ class Sweep:
             except queue.Empty:
                 continue
             order = running.pop(name)
+            if why := self.study.take_stop(order.number):
+                raise PipelineError(f"sweep: {name}: {why}; no finished trial is lost")
             if not self._has_ended(order):
                 self._again(name, order, start)
 
@@ -311,9 +317,10 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
     check_space(chosen, backbone, prepared)
     start = load_start(chosen, prepared, paths, backbone)
     name = study_name(chosen, prepared, backbone_identity(chosen), start)
+    del backbone  # hosts have their own
     url = read_environment().storage or sweep.storage or f"sqlite:///{paths.sweeps}"
     with (
-        _reachable_url(url, sweep, paths) as shared,
+        _reachable_url(with_driver(url), sweep, paths) as shared,
         _held(SweepStudy(shared, f"{name}-sweep", chosen.search), paths) as study,
     ):
         first = [one.model_dump(exclude_none=True) for one in chosen.search.first]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.schema import SearchSettings
 from pipelines.sweep.job import Job
-from pipelines.sweep.supervise import Ended, Supervisor
+from pipelines.sweep.supervise import Ended, NoRoomError, Supervisor
 from pipelines.sweep.trials import SweepStudy
 
 
@@ -61,11 +61,18 @@ def train(order: Order) -> Ended:
     """Train to the end, and write down how it ended.
 
     Raises:
-        PipelineError: The sweep is ending, or the study's database is gone.
+        PipelineError: The sweep is ending, the study's database is gone, or a disk is full.
     """
     study = _study(order.url, order.study, order.search)
-    if order.is_finalist:
-        return _train_finalist(order, study)
+    try:
+        return _train_finalist(order, study) if order.is_finalist else _train_trial(order, study)
+    except NoRoomError as error:
+        # the sweep waits in another process, perhaps on another machine
+        study.set_stop(order.number, str(error))
+        raise
+
+
+def _train_trial(order: Order, study: SweepStudy) -> Ended:
     study.begun(order.number)
     before = study.retries(order.number)
     ended = supervisor(order.study).run(

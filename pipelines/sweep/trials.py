@@ -5,6 +5,7 @@ drawn, and the next sweep takes it over. So a study has exactly as many trials a
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from pipelines.sweep.record import Origin, TrialRecord
 from pipelines.sweep.record import TrialState as State
 from pipelines.sweep.serverlock import ServerLock
 from pipelines.sweep.supervise import Ended
+from pipelines.sweep.urls import shown
 
 ORIGIN, STATE, RETRIES, MESSAGE = "origin", "state", "retries", "message"
+STOP = "stop"
 TASK, SEEDED = "task", "seeded"
 SEED_PREFIX = "seed"
 BEGUN = "begun"
@@ -74,7 +77,10 @@ def open_storage(url: str) -> BaseStorage:
     try:
         return RDBStorage(url, engine_kwargs=engine)
     except (DBAPIError, ImportError, sqlalchemy.exc.ArgumentError) as error:
-        raise PipelineError(f"sweep.storage: {shown(url)}: {_first_line(error)}") from error
+        hint = ""
+        if isinstance(error, ImportError):
+            hint = "; install its driver, for PostgreSQL with `pip install 'ptv2[postgres]'`"
+        raise PipelineError(f"sweep.storage: {shown(url)}: {_first_line(error)}{hint}") from error
 
 
 def _open_proxy(url: str) -> BaseStorage:
@@ -84,21 +90,15 @@ def _open_proxy(url: str) -> BaseStorage:
     # what http_proxy is set for lies further away than a study's database
     set_environment_defaults({"no_grpc_proxy": host})
     try:
-        return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
+        with warnings.catch_warnings():
+            # it is pinned, and tested with that version
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
     except ImportError as error:
         raise PipelineError(
             f"sweep.storage: {url} needs a package that is not installed ({error.name}); install "
             "it with `pip install grpcio`"
         ) from error
-
-
-def shown(url: str) -> str:
-    """Return a database's URL without its password."""
-    try:
-        parsed = sqlalchemy.engine.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        return f"{url.partition(':')[0]}:..."
-    return parsed.difference_update_query(["password"]).render_as_string(hide_password=True)
 
 
 class SweepStudy:
@@ -231,12 +231,24 @@ class SweepStudy:
             if one.state == TrialState.RUNNING and one.number not in self._active
         ]
         if left:
-            return self._begin(self._trial(left[0]), is_taken_over=True)
+            self._study.sampler = new_sampler(self._search.seed, left[0])
+            trial = self._trial(left[0])
+            self._draw_again(trial)
+            return self._begin(trial, is_taken_over=True)
         begun = sum(one.state in (*FINISHED, TrialState.RUNNING) for one in frozen)
         if begun >= n_trials:
             return None
         self._study.sampler = new_sampler(self._search.seed, begun)
         return self._begin(self._study.ask(), is_taken_over=False)
+
+    def _draw_again(self, trial: optuna.Trial) -> None:
+        """Bring the sampler to where it was when a process died that had drawn some settings."""
+        frozen = self._frozen(trial.number)
+        is_whole = set(frozen.params) == set(self._search.space.model_dump(exclude_none=True))
+        # those of a model are drawn at once, those by chance one after the other
+        if not is_whole and not trial.relative_params:
+            for name, distribution in frozen.distributions.items():
+                self._study.sampler.sample_independent(self._study, frozen, name, distribution)
 
     def _begin(self, trial: optuna.Trial, *, is_taken_over: bool) -> Asked:
         # what was drawn before is not drawn again: Optuna keeps it
@@ -278,6 +290,18 @@ class SweepStudy:
     def retries(self, number: int) -> int:
         """Return how often a trial's process died, under earlier sweeps too."""
         return int(patiently(lambda: self._frozen(number)).user_attrs.get(RETRIES, 0))
+
+    def set_stop(self, number: int, why: str) -> None:
+        """Note what keeps a trial, and any other, from going on; it has not ended."""
+        # of the study, since that of a finalist's trial cannot be written any more
+        patiently(lambda: self._study.set_user_attr(f"{STOP}:{number}", why))
+
+    def take_stop(self, number: int) -> str:
+        """Return what was noted, and strike it out; empty where there is nothing."""
+        why = str(patiently(lambda: self._study.user_attrs).get(f"{STOP}:{number}", ""))
+        if why:
+            self.set_stop(number, "")
+        return why
 
     def tell(self, number: int, ended: Ended) -> None:
         """Write down how a trial ended; told twice, it counts once."""
@@ -399,7 +423,9 @@ def patiently(call: Callable[[], T]) -> T:
             return call()
         except _away() as error:
             said = _first_line(error)
-            is_full = any(word in said for word in ("full", "readonly", "No space left"))
+            # SQLite calls all but a full disk, such as a quota, an error of the disk
+            finals = ("full", "readonly", "No space left", "disk I/O error")
+            is_full = any(words in said for words in finals)
             if is_full or time.monotonic() > deadline:
                 raise PipelineError(
                     f"the study's database cannot be used: {said}; no finished trial is lost: mend "

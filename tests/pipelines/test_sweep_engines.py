@@ -1,0 +1,147 @@
+"""A sweep on a local Ray and a local Dask cluster is the sweep that threads make."""
+
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
+
+from pipelines import prefect_session
+from pipelines.errors import PipelineError
+from pipelines.extra_settings import SweepSettings
+from pipelines.sweep import engines
+from pipelines.sweep.record import SweepRecord
+from pipelines.sweep.sweeping import Look
+from tests.pipelines.processes import is_running, processes
+from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
+
+pytestmark = pytest.mark.slow
+TRIALS = 4
+PACKAGES = {"ray": "prefect_ray", "dask": "prefect_dask"}
+HOST_COMMAND = "pipelines.sweep.host"
+PROXY_COMMAND = "pipelines.sweep.proxy"
+
+
+@pytest.fixture(autouse=True)
+def _server(prefect_url: str) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
+
+
+@pytest.fixture
+def root(prepared_workspace: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(prepared_workspace, tmp_path / "space")
+
+
+@pytest.fixture(scope="module")
+def by_threads(prepared_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
+    root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp("threads") / "space")
+    return run_sweep(root, n_trials=TRIALS, workers=1, finalists=1)
+
+
+@pytest.fixture(params=["ray", "dask"])
+def engine(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    pytest.importorskip(PACKAGES[name], reason=f"needs `pip install 'ptv2[{name}]'`")
+    return name
+
+
+def sweep_on(
+    root: Path, engine: str, on_look: Callable[[Look], None] = lambda look: None, **changes: Any
+) -> SweepRecord:
+    """Sweep on an engine, as the flow does."""
+    settings = {"engine": engine, "n_trials": TRIALS, "workers": 1, "finalists": 1, **changes}
+    found: list[SweepRecord] = []
+
+    def work() -> State[Any]:
+        with open_sweep(root, **settings) as sweep:
+            found.append(sweep.run(engines.submitting(sweep.sweep), on_look))
+        return Completed(message="done")
+
+    with prefect_session.session(root):
+        engines.run("a sweep", SweepSettings.model_validate(settings), work).result()
+    return found[0]
+
+
+def left(root: Path) -> dict[int, str]:
+    """Return what runs in a workspace, but for Python's own helper of this process."""
+    return {
+        pid: command
+        for pid, command in processes(root).items()
+        if "multiprocessing.resource_tracker" not in command
+    }
+
+
+def what_was_found(record: SweepRecord) -> list[tuple[Any, ...]]:
+    trials = [(one.number, one.params, one.epochs, one.state, one.origin) for one in record.trials]
+    return [*trials, *record.finalists]
+
+
+def test_engine_finds_what_threads_find_and_leaves_nothing_behind(
+    engine: str, root: Path, by_threads: SweepRecord, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running: set[str] = set()
+
+    def on_look(look: Look) -> None:
+        running.update(processes(root).values())
+
+    record = sweep_on(root, engine, on_look)
+    assert what_was_found(record) == what_was_found(by_threads)
+    assert any(HOST_COMMAND in command for command in running)
+    assert any(PROXY_COMMAND in command for command in running), "SQLite has one writer"
+    deadline = time.monotonic() + 20
+    while left(root) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left(root) == {}
+    assert capfd.readouterr() == ("", ""), "the terminal is the caller's"
+
+
+def parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("PPid:")).split()[1])
+
+
+def test_engine_trains_a_trial_again_whose_worker_is_killed(
+    engine: str, root: Path, by_threads: SweepRecord
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not list((root / ".ptv2" / "sweeps").rglob("trial-1.safetensors")):
+            time.sleep(0.005)
+        (host,) = (pid for pid, command in processes(root).items() if HOST_COMMAND in command)
+        worker = parent_of(host)
+        assert worker != os.getpid()
+        os.kill(worker, signal.SIGKILL)
+        killed.extend([worker, host])
+
+    threading.Thread(target=kill, daemon=True).start()
+    record = sweep_on(root, engine)
+    assert len(killed) == 2
+    assert what_was_found(record) == what_was_found(by_threads)
+    assert [one.retries for one in record.trials] == [0, 1, 0, 0]
+    assert not any(map(is_running, killed)), "a host ends with its worker"
+
+
+def test_engine_that_is_not_there_is_one_error(engine: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    sweep = SweepSettings(engine=engine, address=address)  # type: ignore[arg-type]
+    words = f"sweep.address: expected a cluster that listens at {address}: .*refused; start it"
+    with pytest.raises(PipelineError, match=words):
+        engines.run("a sweep", sweep, Completed)
