@@ -44,8 +44,11 @@ def _server(root: Path) -> Iterator[None]:
         _drain()
         return
     with temporary_server(root) as url, temporary_settings({PREFECT_API_URL: url}):
-        yield
-        _drain()
+        try:
+            yield
+        finally:
+            # a server that is gone would be asked for a minute
+            _drain()
 
 
 def _drain() -> None:

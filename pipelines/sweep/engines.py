@@ -165,10 +165,18 @@ def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
     from prefect_dask.task_runners import DaskTaskRunner
 
     if sweep.address is not None:
-        return DaskTaskRunner(address=sweep.address)
-    # a lost trial is left to the sweep, which counts how often that happens
-    dask.config.set({"distributed.scheduler.allowed-failures": 0})
-    return DaskTaskRunner(
+        return cast(TaskRunner[Any], DaskTaskRunner(address=sweep.address))
+    environment = "distributed.nanny.pre-spawn-environ"
+    own = {**thread_environment(sweep.workers), **QUIET}
+    dask.config.set(
+        {
+            # a lost trial is left to the sweep, which counts how often that happens
+            "distributed.scheduler.allowed-failures": 0,
+            # what is set later comes after the imports of the program that sweeps
+            environment: {**dask.config.get(environment, {}), **own},
+        }
+    )
+    runner = DaskTaskRunner(
         cluster_kwargs={
             "n_workers": sweep.workers,
             "threads_per_worker": 1,
@@ -178,9 +186,9 @@ def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
             # the memory of a training is its own process's, which Dask does not see
             "memory_limit": 0,
             "silence_logs": "CRITICAL",
-            "env": {**thread_environment(sweep.workers), **QUIET},
         }
     )
+    return cast(TaskRunner[Any], runner)
 
 
 def _check_reachable(address: str) -> None:

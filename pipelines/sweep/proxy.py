@@ -122,7 +122,9 @@ def main(url: str, host: str, port: str) -> None:
     """Serve until the end of the process."""
     # it is pinned, and tested with that version
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    storage = cast(BaseStorage, _Outspoken(open_storage(url)))
+    # kept in memory by its only writer, since SQLite answers a hundred times slower
+    cached = optuna.storages.get_storage(open_storage(url))
+    storage = cast(BaseStorage, _Outspoken(cached))
     with suppress(KeyboardInterrupt):
         optuna.storages.run_grpc_proxy_server(storage, host=host, port=int(port))
 
