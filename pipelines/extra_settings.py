@@ -23,7 +23,7 @@ DEFAULT_SPACES: Mapping[str, SearchSpace] = {
 }
 DEFAULT_TRAINS: Mapping[str, Mapping[str, Any]] = {
     "probe": {"learning_rate": 1e-2},
-    "prompt_tuning": {"learning_rate": 2e-2, "prompt": {"length": 16}},
+    "prompt_tuning": {"learning_rate": 2e-2},
     "ptv2": {},
     "finetune": {"learning_rate": 3e-4, "head_learning_rate": None, "backbone_dropout": True},
 }

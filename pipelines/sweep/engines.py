@@ -59,6 +59,11 @@ def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> Stat
     try:
         flow: Flow[[], Any] = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
         return cast(State[Any], flow(return_state=True))
+    except ConnectionError as error:
+        raise PipelineError(
+            f"sweep.address: expected a cluster that takes this sweep at {sweep.address}: {error}; "
+            "with Ray, both sides must have the same RAY_AUTH_MODE and token"
+        ) from error
     finally:
         _work.reset(token)
 

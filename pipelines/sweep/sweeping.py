@@ -136,9 +136,8 @@ class Sweep:
             while True:
                 limits = (self.sweep.patience, self.sweep.margin)
                 stopped = stopped or self.study.why_stop(*limits)
-                begun = len(self.study.trials()) + len(self.study.running())
                 # what a dead sweep left is finished all the same
-                asked = self.study.ask(begun if stopped else self.sweep.n_trials)
+                asked = self.study.ask(0 if stopped else self.sweep.n_trials)
                 if asked is None:
                     return
                 yield _named(asked), self.order(asked)

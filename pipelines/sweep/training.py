@@ -1,6 +1,9 @@
 """What runs on an engine for one trial: supervise its training, and write to the study."""
 
 import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +37,13 @@ class Order:
     is_finalist: bool
 
 
+IDLE_S = 300.0
+"""How long a worker that outlives the sweep keeps processes that nobody gives work to."""
+
 _lock = threading.Lock()
 _supervisors: dict[str, Supervisor] = {}
+_training: Counter[str] = Counter()
+_idle: dict[str, threading.Timer] = {}
 
 
 def supervisor(study: str) -> Supervisor:
@@ -64,6 +72,36 @@ def train(order: Order) -> Ended:
         PipelineError: The sweep is ending, the study's database is gone, or a disk is full.
     """
     study = _study(order.url, order.study, order.search)
+    with _at_work(order.study):
+        return _train_or_say(order, study)
+
+
+@contextmanager
+def _at_work(study: str) -> Iterator[None]:
+    """Keep what trains for a study while it is used, and for a while after."""
+    with _lock:
+        _training[study] += 1
+        if study in _idle:
+            _idle.pop(study).cancel()
+    try:
+        yield
+    finally:
+        with _lock:
+            _training[study] -= 1
+            if not _training[study]:
+                timer = _idle[study] = threading.Timer(IDLE_S, _end_idle, (study,))
+                timer.daemon = True
+                timer.start()
+
+
+def _end_idle(study: str) -> None:
+    with _lock:
+        found = None if _training[study] else _supervisors.pop(study, None)
+    if found is not None:
+        found.end()
+
+
+def _train_or_say(order: Order, study: SweepStudy) -> Ended:
     try:
         return _train_finalist(order, study) if order.is_finalist else _train_trial(order, study)
     except NoRoomError as error:

@@ -118,16 +118,19 @@ class SweepStudy:
         self.url = url
         self.name = name
         self._search = search
-        self._storage = open_storage(url)
+        opened = open_storage(url)
         self._study = patiently(
             lambda: optuna.create_study(
                 study_name=name,
-                storage=self._storage,
+                storage=opened,
                 direction="maximize",
                 load_if_exists=True,
                 pruner=new_pruner(search),
             )
         )
+        # with Optuna's memory of what has ended in front of it
+        self._storage = self._study._storage
+        self._ids: dict[int, int] = {}
         self._active: set[int] = set()
         self._server_lock: ServerLock | None = None
 
@@ -262,28 +265,29 @@ class SweepStudy:
 
     def _report(self, number: int, epoch: int, score: float) -> bool:
         trial = self._trial(number)
-        if epoch not in patiently(lambda: self._frozen(number).intermediate_values):
+        known = trial._cached_frozen_trial.intermediate_values
+        # a checkpoint may be older than what was told, and judged, before a process died
+        if epoch < max(known, default=0):
+            return False
+        if epoch not in known:
             trial.report(score, epoch)
         return epoch < self._search.epochs and trial.should_prune()
 
     def crashed(self, number: int, why: str) -> None:
         """Note that a trial's process died; it is tried again."""
         before = self.retries(number)
-        trial = patiently(lambda: self._trial(number))
-        patiently(lambda: trial.set_user_attr(RETRIES, before + 1))
-        patiently(lambda: trial.set_user_attr(MESSAGE, why))
+        self._note(number, RETRIES, before + 1)
+        self._note(number, MESSAGE, why)
 
     def begun(self, number: int) -> None:
         """Note that a worker trains a trial."""
-        trial = patiently(lambda: self._trial(number))
-        patiently(lambda: trial.set_user_attr(BEGUN, True))
+        self._note(number, BEGUN, True)
 
     def lost(self, number: int) -> bool:
         """Note that a trial's worker was lost; returns whether one had begun to train it."""
         if not patiently(lambda: self._frozen(number)).user_attrs.get(BEGUN):
             return False
-        trial = patiently(lambda: self._trial(number))
-        patiently(lambda: trial.set_user_attr(BEGUN, False))
+        self._note(number, BEGUN, False)
         self.crashed(number, LOST)
         return True
 
@@ -312,9 +316,9 @@ class SweepStudy:
         frozen = self._frozen(number)
         if frozen.state.is_finished():
             return
-        trial = self._trial(number)
-        trial.set_user_attr(STATE, ended.state)
-        trial.set_user_attr(MESSAGE, ended.message)
+        self._note(number, STATE, ended.state)
+        if ended.message != frozen.user_attrs.get(MESSAGE, ""):
+            self._note(number, MESSAGE, ended.message)
         scores = frozen.intermediate_values.values()
         if ended.state == "complete" and scores:
             self._study.tell(number, max(scores), skip_if_finished=True)
@@ -377,6 +381,9 @@ class SweepStudy:
         """Tell whether a finalist's training with a seed has ended, well or not."""
         return _seed_key(number, seed) in patiently(lambda: self._study.user_attrs)
 
+    def _note(self, number: int, key: str, value: Any) -> None:
+        patiently(lambda: self._storage.set_trial_user_attr(self._id(number), key, value))
+
     def _frozen(self, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._id(number))
 
@@ -384,7 +391,10 @@ class SweepStudy:
         return optuna.trial.Trial(self._study, self._id(number))
 
     def _id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        if number not in self._ids:
+            study = self._study._study_id
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        return self._ids[number]
 
 
 def _seed_key(number: int, seed: int) -> str:
@@ -424,7 +434,7 @@ def patiently(call: Callable[[], T]) -> T:
         except _away() as error:
             said = _first_line(error)
             # SQLite calls all but a full disk, such as a quota, an error of the disk
-            finals = ("full", "readonly", "No space left", "disk I/O error")
+            finals = ("is full", "readonly", "No space left", "disk I/O error")
             is_full = any(words in said for words in finals)
             if is_full or time.monotonic() > deadline:
                 raise PipelineError(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import PipelineError
-from pipelines.sweep import proxy
+from pipelines.sweep import proxy, training
 from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.training import Order
 from pipelines.sweep.trials import open_storage
@@ -228,6 +228,8 @@ def test_storage_never_shows_a_password(place: str, root: Path, postgres: Postgr
     ],
 )
 def test_storage_that_cannot_be_opened_is_one_error(url: str, words: str) -> None:
+    if url.startswith("postgresql"):
+        pytest.importorskip("psycopg2", reason="needs `pip install 'ptv2[postgres]'`")
     with pytest.raises(PipelineError, match=f"sweep.storage: {words}") as error:
         open_storage(with_driver(url))
     assert "s3cret" not in str(error.value)
@@ -249,9 +251,28 @@ def test_proxy_listens_where_the_cluster_is() -> None:
 
 
 def test_proxy_ends_with_its_sweep(root: Path) -> None:
+    pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
     with open_sweep(root, engine="dask") as sweep:
         port = int(sweep.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=5):
             pass
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_worker_that_outlives_the_sweep_ends_what_is_idle(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "IDLE_S", 0.5)
+    with open_sweep(root) as sweep:
+        asked = sweep.study.ask(N)
+        assert asked is not None
+        assert training.train(sweep.order(asked)).state == "complete"
+        (host,) = training.supervisor(sweep.study.name)._idle
+        deadline = time.monotonic() + 20
+        while host.is_alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not host.is_alive
+        again = sweep.study.ask(N)
+        assert again is not None
+        assert training.train(sweep.order(again)).state in ("complete", "pruned")
