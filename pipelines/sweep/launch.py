@@ -12,7 +12,7 @@ from rich.text import Text
 from pipelines.settings import Settings
 from pipelines.study_report import finalists_table
 from pipelines.sweep import flow
-from pipelines.sweep.record import TrialRecord
+from pipelines.sweep.record import TrialRecord, in_words
 from pipelines.sweep.sweeping import Look, OnLook
 
 SHOWN_BEST = 5
@@ -110,10 +110,7 @@ def _state(one: TrialRecord) -> str:
 
 
 def _drawn(one: TrialRecord) -> str:
-    drawn = ", ".join(
-        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in one.params.items()
-    )
+    drawn = in_words(one.params)
     return f"{drawn} ({one.message})" if one.message else drawn
 
 

@@ -17,6 +17,14 @@ TrialState = Literal["complete", "pruned", "failed", "crashed"]
 Origin = Literal["baseline", "first", "transferred", "drawn"]
 
 
+def in_words(params: Mapping[str, Any]) -> str:
+    """Return what was drawn in one line."""
+    return ", ".join(
+        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in params.items()
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial that has ended.

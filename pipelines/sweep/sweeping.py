@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from statistics import fmean, stdev
 from typing import Any
 
+from pipelines.checking import Found, check_section
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.paths import TaskPaths
@@ -24,11 +25,12 @@ from pipelines.stages.training import backbone_for, backbone_identity, load_star
 from pipelines.study import reachable
 from pipelines.sweep.job import Job
 from pipelines.sweep.proxy import one_writer
-from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord
+from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord, in_words
 from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order
 from pipelines.sweep.trials import LOST, Asked, SweepStudy
 from pipelines.sweep.urls import host_and_port, with_driver
+from ptv2_core.errors import ConfigError
 
 LOOK_S = 1.0
 """How often what runs is looked at, for those who watch."""
@@ -140,7 +142,7 @@ class Sweep:
                 asked = self.study.ask(0 if stopped else self.sweep.n_trials)
                 if asked is None:
                     return
-                yield _named(asked), self.order(asked)
+                yield f"trial {asked.number}: {in_words(asked.params)}", self.order(asked)
 
         self._train(following(), submit, on_look, lambda: 0)
         is_short = len(self.study.trials()) < self.sweep.n_trials
@@ -284,18 +286,19 @@ class Sweep:
         )
 
 
-def _named(asked: Asked) -> str:
-    drawn = ", ".join(
-        f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in asked.params.items()
-    )
-    return f"trial {asked.number}: {drawn}"
-
-
 def overlaid(sweep: SweepSettings, changes: Mapping[str, Any]) -> SweepSettings:
-    """Return the section with what a caller set; None leaves a key as it is."""
+    """Return the section with what a caller set; None leaves a key as it is.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
     given = {key: value for key, value in changes.items() if value is not None}
-    return SweepSettings.model_validate({**sweep.model_dump(), **given})
+    found: Found = []
+    checked = check_section(SweepSettings, {**sweep.model_dump(), **given}, found)
+    if found:
+        raise ConfigError([(f"sweep.{'.'.join(map(str, where))}", said) for where, said in found])
+    assert isinstance(checked, SweepSettings), "problems were raised above"
+    return checked
 
 
 @contextmanager

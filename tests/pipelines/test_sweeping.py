@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.errors import PipelineError
+from pipelines.extra_settings import SweepSettings
 from pipelines.settings import load_settings
 from pipelines.stages.lanes import trial_config
 from pipelines.stages.prepare import Prepared
@@ -20,8 +21,9 @@ from pipelines.sweep import supervise, training
 from pipelines.sweep.host import Job, Trainer, is_memory
 from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.supervise import Host, Supervisor
-from pipelines.sweep.sweeping import Look
+from pipelines.sweep.sweeping import Look, overlaid
 from pipelines.sweep.training import Order
+from ptv2_core.errors import ConfigError
 from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep, sweep_workspace
 from tests.stage_parts import change_params
 
@@ -326,3 +328,9 @@ def test_supervisor_gives_up_a_trial_that_is_to_be_pruned(
     ended = supervisor.run(job, lambda epoch, score: True, retries=0)
     supervisor.end()
     assert ended.state == "pruned"
+
+
+def test_sweep_names_an_option_that_is_out_of_its_range() -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.workers: .*1 to 1024.*got 5000"):
+        overlaid(SweepSettings(), {"n_trials": None, "workers": 5000})
+    assert overlaid(SweepSettings(), {"n_trials": 3, "workers": None}).n_trials == 3
