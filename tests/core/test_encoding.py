@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, RobertaTokenizerFast
 
 from ptv2_core.data.batching import collate
-from ptv2_core.data.encoding import EncodedSplit, encode_examples
+from ptv2_core.data.encoding import EncodedSplit, encode_examples, encode_inputs
 from ptv2_core.data.examples import (
     Answer,
     OptionsExample,
@@ -66,9 +66,8 @@ def test_encoding_of_every_kind_survives_a_round_trip(
 ) -> None:
     task, examples = kind_task(kind), kind_examples(kind, 5)
     for with_labels in (True, False):
-        split, _ = encode_examples(
-            examples, tokenizer, task=task, max_length=32, with_labels=with_labels
-        )
+        encode = encode_examples if with_labels else encode_inputs
+        split, _ = encode(examples, tokenizer, task=task, max_length=32)
         split.save(tmp_path / str(with_labels))
         loaded = EncodedSplit.load(tmp_path / str(with_labels))
         for name, array in vars(split).items():
@@ -282,9 +281,7 @@ def test_encoding_finds_an_answer_in_bytes_accents_and_spaces(
 def test_encoding_of_bytes_leaves_the_space_before_a_word_out() -> None:
     tokenizer = byte_tokenizer()
     example = QuestionExample(question="to", context="a  é b", answers=None)
-    split, _ = encode_examples(
-        [example], tokenizer, task=kind_task("qa"), max_length=32, with_labels=False
-    )
+    split, _ = encode_inputs([example], tokenizer, task=kind_task("qa"), max_length=32)
     # a; a space alone; a space and the first byte; the second byte; b behind its space
     shown = split.chars[split.chars[:, 0] >= 0].tolist()
     assert [example.context[start:end] for start, end in shown][0] == "a"

@@ -85,7 +85,7 @@ def test_predictor_answers_as_scoring_does(kind: TaskKind, make: Make) -> None:
     task_with_pair = kind_task(kind, fields={"text_pair": "b"} if kind == "regression" else {})
     predictor.task = task_with_pair
     split, _ = encode_examples(
-        kind_examples(kind, 5), predictor._tokenizer, task=task, max_length=16, stride=2
+        kind_examples(kind, 5), predictor.codec._tokenizer, task=task, max_length=16, stride=2
     )
     scored = evaluate_model(predictor.model, split, task, token_budget=99, decoding={})
     answers = predictor.predict(prepared_inputs(kind))

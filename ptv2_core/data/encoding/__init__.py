@@ -23,7 +23,14 @@ from ptv2_core.data.tasks import TaskSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedSplit", "EncodingReport", "IntArray", "LongArray", "encode_examples"]
+__all__ = [
+    "EncodedSplit",
+    "EncodingReport",
+    "IntArray",
+    "LongArray",
+    "encode_examples",
+    "encode_inputs",
+]
 
 
 def encode_examples(
@@ -33,9 +40,8 @@ def encode_examples(
     task: TaskSpec,
     max_length: int,
     stride: int = 0,
-    with_labels: bool = True,
 ) -> tuple[EncodedSplit, EncodingReport]:
-    """Encode examples.
+    """Encode labelled examples.
 
     Args:
         examples: All of the task's kind.
@@ -44,7 +50,6 @@ def encode_examples(
         max_length: Tokens of a row at most, special tokens included; longer rows are cut and
             counted.
         stride: Tokens that two windows of a long context share.
-        with_labels: Whether the examples have them.
 
     Returns:
         The flat arrays, and a report.
@@ -55,17 +60,56 @@ def encode_examples(
     """
     by_example = list(_rows(examples, tokenizer, task, max_length, stride))
     rows = [row for found in by_example for row in found]
+    split = _split(examples, by_example, task, labels=_labels(examples, rows, task))
+    report = EncodingReport(
+        rows=len(rows),
+        tokens=int(split.lengths.sum()),
+        longest=int(split.lengths.max(initial=0)),
+        truncated=sum(row.is_cut for row in rows),
+        groups=split.num_groups,
+        windows=len(rows) - len(examples) if task.form == "spans" else 0,
+    )
+    return split, report
+
+
+def encode_inputs(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    task: TaskSpec,
+    max_length: int,
+    stride: int = 0,
+) -> tuple[EncodedSplit, list[bool]]:
+    """Encode examples without labels, to answer them; arguments and errors as above.
+
+    Returns:
+        The flat arrays, and for each example whether it was cut to the maximal length.
+    """
+    by_example = list(_rows(examples, tokenizer, task, max_length, stride))
+    split = _split(examples, by_example, task, labels=np.zeros(0, dtype=np.int32))
+    return split, [any(row.is_cut for row in rows) for rows in by_example]
+
+
+def _split(
+    examples: Sequence[Example],
+    by_example: Sequence[Sequence[Row]],
+    task: TaskSpec,
+    *,
+    labels: npt.NDArray[Any],
+) -> EncodedSplit:
+    """Join the rows of all examples."""
+    rows = [row for found in by_example for row in found]
     counts = [len(found) for found in by_example]
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     no_words = np.full(int(lengths.sum()), -1, dtype=np.int32)
     words = _joined([row.word_index for row in rows if row.word_index is not None])
     notes = [note for note in map(_note, examples) if note]
-    split = EncodedSplit(
+    return EncodedSplit(
         input_ids=_joined([row.input_ids for row in rows]),
         token_type_ids=_joined([row.token_type_ids for row in rows]),
         word_index=words if len(words) else no_words,
         offsets=_offsets(lengths),
-        labels=_labels(examples, rows, task) if with_labels else np.zeros(0, dtype=np.int32),
+        labels=labels,
         word_offsets=_offsets([row.num_words for row in rows]),
         groups=_groups(examples, counts),
         units=_offsets(counts) if task.form == "options" else np.zeros(0, dtype=np.int64),
@@ -74,15 +118,6 @@ def encode_examples(
         note_offsets=_offsets([len(note) for note in notes]) if notes else np.zeros(0, np.int64),
         read_at=np.array([row.read_at for row in rows if row.read_at >= 0], dtype=np.int64),
     )
-    report = EncodingReport(
-        rows=len(rows),
-        tokens=int(lengths.sum()),
-        longest=int(lengths.max(initial=0)),
-        truncated=sum(row.is_cut for row in rows),
-        groups=split.num_groups,
-        windows=len(rows) - len(examples) if task.form == "spans" else 0,
-    )
-    return split, report
 
 
 def _rows(
