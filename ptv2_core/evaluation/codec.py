@@ -104,10 +104,12 @@ class Codec:
             firsts = np.searchsorted(split.groups, np.arange(len(asked.examples)))
             return [logits[first] for first in firsts]
         if self.task.form == "tokens":
-            words = np.split(split.word_index, split.offsets[1:-1])
+            edges = split.offsets
+            begins = split.word_index >= 0
             return [
-                own[torch.from_numpy(index >= 0)] for own, index in zip(logits, words, strict=True)
-            ]  # [T, C] -> [words, C]
+                own[torch.from_numpy(begins[edges[row] : edges[row + 1]])]  # [T, C] -> [words, C]
+                for row, own in enumerate(logits)
+            ]
         return list(logits)
 
     def decode(self, asked: Asked, logits: Sequence[Tensor]) -> list[dict[str, Any]]:

@@ -252,33 +252,31 @@ class PromptBank(nn.Module):
         assert not any(isinstance(self.slots[slot], InputPrompt) for slot in unique if slot >= 0), (
             "prompts before the lowest layer are never mixed"
         )
-        prompts = {
-            slot: self.prompt(slot, keep.get(slot)).to(dtype)
-            for slot in unique
-            if self.layers(slot)
-        }
         layers: list[LayerPrompt | None] = [None] * self.shape.num_layers
-        index = torch.tensor([unique.index(slot) for slot in named], device=device)
-        if prompts:
-            union = sorted({layer for slot in prompts for layer in self.layers(slot)})
-            longest = max(self.configs[slot].length for slot in prompts)
-            stack = torch.stack(
-                [
-                    self._padded(prompts.get(slot), slot, union, longest).to(device, dtype)
-                    for slot in unique
-                ]
-            )
-            rows = stack.index_select(0, index)  # [U, ...] -> [B, union, 2, N, P, D]
+        own = {slot: self.layers(slot) for slot in unique}
+        union = sorted({layer for slot in unique for layer in own[slot]})
+        if union:
+            longest = max(self.configs[slot].length for slot in unique if own[slot])
+            padded = {
+                slot: self._padded(slot, union, longest, keep.get(slot)).to(device, dtype)
+                for slot in unique
+            }
+            if torch.is_grad_enabled():
+                # by way of one a slot, so that its gradient is one sum over its rows
+                index = torch.tensor([unique.index(slot) for slot in named], device=device)
+                rows = torch.stack(list(padded.values())).index_select(0, index)
+            else:
+                # every row is copied once: serving spends its time here
+                rows = torch.stack([padded[slot] for slot in named])  # [B, union, 2, N, P, D]
             masks: dict[tuple[int, ...], Tensor] = {}
-            for place, (layer, pair) in enumerate(zip(union, rows.unbind(1), strict=True)):
+            for layer, pair in zip(union, rows.unbind(1), strict=True):
                 keys, values = pair.unbind(1)
                 lengths = tuple(
-                    self.configs[slot].length if union[place] in self.layers(slot) else 0
-                    for slot in named
+                    self.configs[slot].length if layer in own[slot] else 0 for slot in named
                 )
                 if lengths not in masks:
-                    own = torch.tensor(lengths, device=device)
-                    masks[lengths] = torch.arange(longest, device=device)[None] < own[:, None]
+                    sizes = torch.tensor(lengths, device=device)
+                    masks[lengths] = torch.arange(longest, device=device)[None] < sizes[:, None]
                 layers[layer] = LayerPrompt(keys=keys, values=values, mask=masks[lengths])
         shifts = torch.tensor([self.shift(slot) for slot in named], device=device)
         return Gathered(layers=layers, shifts=shifts)
@@ -302,15 +300,17 @@ class PromptBank(nn.Module):
     def _is_deep(self, slot: int) -> bool:
         return not isinstance(self.slots[slot], InputPrompt | NoPrompt)
 
-    def _padded(self, prompt: Tensor | None, slot: int, union: list[int], length: int) -> Tensor:
+    def _padded(self, slot: int, union: list[int], length: int, keep: Tensor | None) -> Tensor:
         """Return a slot's prompt as `[union, 2, N, length, D]`, zero where it has none."""
         shape = self.shape
         size = (len(union), 2, shape.num_heads, length, shape.head_size)
-        if prompt is None:
-            return torch.zeros(size)
-        padded = nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[3]))
         own = self.layers(slot)
+        if not own:
+            return torch.zeros(1).expand(size)
+        prompt = self.prompt(slot, keep)
+        if prompt.shape[3] < length:
+            prompt = nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[3]))
         if list(own) == union:
-            return padded
-        places = torch.tensor([union.index(layer) for layer in own], device=padded.device)
-        return padded.new_zeros(size).index_copy(0, places, padded)
+            return prompt
+        places = torch.tensor([union.index(layer) for layer in own], device=prompt.device)
+        return prompt.new_zeros(size).index_copy(0, places, prompt)

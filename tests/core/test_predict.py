@@ -83,7 +83,7 @@ def prepared_inputs(kind: TaskKind) -> list[dict[str, Any]]:
 def test_predictor_answers_as_scoring_does(kind: TaskKind, make: Make) -> None:
     predictor, task = make(kind), kind_task(kind)
     task_with_pair = kind_task(kind, fields={"text_pair": "b"} if kind == "regression" else {})
-    predictor.task = task_with_pair
+    predictor.codec.task = task_with_pair
     split, _ = encode_examples(
         kind_examples(kind, 5), predictor.codec._tokenizer, task=task, max_length=16, stride=2
     )
