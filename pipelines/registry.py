@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from pipelines.model_text import (
 )
 from pipelines.settings import set_environment_defaults
 from ptv2_core.artifact import Manifest
+from ptv2_serving import audit
 from ptv2_serving.tracking import (
     SHA256_TAG,
     StoreError,
@@ -255,7 +256,17 @@ def _set_aliases(
         champion_scores=champion_tags,
         margin=margin,
     )
+    if gate.promoted and audit.was_rolled_back(_history(client, name), number):
+        reason = (
+            f"version {number} was rolled back; `ptv2 promote {name}:{number}` makes it the "
+            "champion again"
+        )
+        gate = replace(gate, promoted=False, reason=reason)
     if gate.promoted:
+        who = audit.current_user()
+        audit.write(
+            client, name, "register", before=champion, after=number, who=who, reason=gate.reason
+        )
         client.set_registered_model_alias(name, CHAMPION, str(number))
     return gate
 
@@ -263,6 +274,10 @@ def _set_aliases(
 def _aliases(client: "MlflowClient", name: str) -> dict[str, int]:
     found = client.get_registered_model(name).aliases
     return {alias: int(version) for alias, version in found.items()}
+
+
+def _history(client: "MlflowClient", name: str) -> list[audit.AuditLine]:
+    return audit.read(client.get_registered_model(name).tags)
 
 
 # Versions

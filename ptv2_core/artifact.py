@@ -4,49 +4,47 @@ Letters: L layers, N key/value heads, P prompt length, D head size, H hidden siz
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
+from ptv2_core.bounded import read_header
 from ptv2_core.config import HeadConfig, Method, PromptConfig
 from ptv2_core.data.tasks import TaskSpec
-from ptv2_core.errors import ArtifactError, ConfigError
+from ptv2_core.errors import ArtifactError
 from ptv2_core.files import replace_directory, sha256_file, write_bytes_atomic, write_json_atomic
+from ptv2_core.manifest import (
+    FILES,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    Manifest,
+    largest_weights,
+    read_manifest,
+)
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.heads import LinearHead, reading_for
 from ptv2_core.model.prompted import BACKBONE, PromptedModel
 from ptv2_core.model.prompts import EmbeddingPrompt, InputPrompt, NoPrompt, PromptBank
 
-SCHEMA_VERSION = 1
-WEIGHTS_FILE = "prompt.safetensors"
-MANIFEST_FILE = "prompt.json"
-FILES = (WEIGHTS_FILE, MANIFEST_FILE)
-
-_SECTIONS: dict[str, type] = {
-    "method": str,
-    "task": dict,
-    "prompt": dict,
-    "head": dict,
-    "backbone": dict,
-    "tokenizer_digest": str,
-    "encoding": dict,
-    "decoding": dict,
-    "training": dict,
-    "provenance": dict,
-    "metrics": dict,
-    "sha256": str,
-    "golden": list,
-}
-
-# what an older artifact does not say, since it could only be this
-_DEFAULTS: dict[str, Any] = {"method": "ptv2", "decoding": {}}
+__all__ = [
+    "FILES",
+    "MANIFEST_FILE",
+    "SCHEMA_VERSION",
+    "WEIGHTS_FILE",
+    "Manifest",
+    "Weights",
+    "load_manifest",
+    "load_weights",
+    "restore_model",
+    "save_artifact",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,61 +92,6 @@ class Weights:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What `prompt.json` says.
-
-    Attributes:
-        schema_version: Of the file.
-        method: What was trained beside the head.
-        task: The task with its labels.
-        prompt: The prompt's settings.
-        head: The head's settings; `reads` is resolved.
-        backbone: Identity and measures of the backbone it was trained on.
-        tokenizer_digest: Of the tokenizer it was trained with.
-        encoding: `max_length`, and for windows their `stride`.
-        decoding: Settings of an answer that dev chose, such as `null_threshold`.
-        training: The settings used, and study and trial where a search chose them.
-        provenance: Code, data and versions it came from.
-        metrics: Scores on dev.
-        sha256: Of `prompt.safetensors`, hexadecimal.
-        golden: Inputs with the logits that the trained prompt gives in fp32.
-        size_bytes: Of both files.
-        raw: The whole of `prompt.json`.
-    """
-
-    schema_version: int
-    method: Method
-    task: TaskSpec
-    prompt: PromptConfig
-    head: HeadConfig
-    backbone: dict[str, Any]
-    tokenizer_digest: str
-    encoding: dict[str, Any]
-    decoding: dict[str, float]
-    training: dict[str, Any]
-    provenance: dict[str, Any]
-    metrics: dict[str, Any]
-    sha256: str
-    golden: list[dict[str, Any]]
-    size_bytes: int
-    raw: dict[str, Any]
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Return the shapes that the weights must have, those of a tuned backbone left out."""
-        backbone, outputs = self.backbone, self.task.num_outputs
-        layers = self.prompt.layer_indices(backbone["num_layers"])
-        prompts: dict[Method, list[int]] = {
-            "ptv2": [
-                len(layers), 2, backbone["num_heads"], self.prompt.length, backbone["head_size"],
-            ],
-            "prompt_tuning": [self.prompt.length, backbone["hidden_size"]],
-        }  # fmt: skip
-        prompt = {"prompt": prompts[self.method]} if self.method in prompts else {}
-        head = {"head.weight": [outputs, backbone["hidden_size"]], "head.bias": [outputs]}
-        return {**prompt, **head}
 
 
 def save_artifact(
@@ -220,8 +163,8 @@ def load_manifest(directory: Path) -> Manifest:
         directory: Holds both files.
 
     Raises:
-        ArtifactError: A file is missing, of another schema, malformed, or the weights are not the
-            ones that the manifest names.
+        ArtifactError: A file is missing, of another schema, malformed, larger than what it holds,
+            or the weights are not the ones that the manifest names.
     """
     file, weights = directory / MANIFEST_FILE, directory / WEIGHTS_FILE
     for needed in (file, weights):
@@ -229,113 +172,65 @@ def load_manifest(directory: Path) -> Manifest:
             raise ArtifactError(
                 f"{needed}: not there; a prompt is a folder with {' and '.join(FILES)}"
             )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{file}: not valid JSON ({error}); get the prompt again") from error
-    if isinstance(raw, dict):
-        raw = {**_DEFAULTS, **raw}
-    _check_sections(raw, file)
-    found = sha256_file(weights)
-    if found != raw["sha256"]:
-        raise ArtifactError(
-            f"{weights}: expected sha256 {raw['sha256']}, got {found}; the weights were changed or "
-            "damaged. Get the prompt again."
-        )
-    try:
-        task = TaskSpec.from_mapping(raw["task"])
-        prompt = PromptConfig.from_mapping(raw["prompt"])
-        head = HeadConfig.from_mapping(raw["head"])
-        prompt.layer_indices(raw["backbone"]["num_layers"])
-    except ConfigError as error:
-        raise ArtifactError(f"{file}: {error}") from error
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        task=task,
-        prompt=prompt,
-        head=head,
-        **{name: raw[name] for name in _SECTIONS if name not in ("task", "prompt", "head")},
-        size_bytes=file.stat().st_size + weights.stat().st_size,
-        raw=raw,
-    )
+    manifest = read_manifest(file, weights_bytes=weights.stat().st_size)
+    # sizes and shapes first: what cannot be a prompt is not read to its end
     _check_shapes(manifest, weights)
+    found = sha256_file(weights)
+    if found != manifest.sha256:
+        raise ArtifactError(
+            f"{weights}: expected sha256 {manifest.sha256}, got {found}; the weights were changed "
+            "or damaged. Get the prompt again."
+        )
     return manifest
 
 
-def _check_sections(raw: Any, file: Path) -> None:
-    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
-        got = raw.get("schema_version") if isinstance(raw, dict) else type(raw).__name__
-        raise ArtifactError(
-            f"{file}: expected schema_version {SCHEMA_VERSION}, got {got!r}; this prompt needs "
-            "another version of ptv2"
-        )
-    for name, kind in _SECTIONS.items():
-        if not isinstance(raw.get(name), kind):
-            raise ArtifactError(
-                f"{file}: {name} must be a {kind.__name__}, got {type(raw.get(name)).__name__}"
-            )
-    if raw["method"] not in get_args(Method):
-        expected = " | ".join(get_args(Method))
-        raise ArtifactError(f"{file}: method: expected {expected}, got {raw['method']!r}")
-    wanted = ("name", "digest", "num_layers", "num_heads", "head_size", "hidden_size")
-    absent = [key for key in wanted if key not in raw["backbone"]]
-    if absent:
-        raise ArtifactError(f"{file}: backbone lacks {', '.join(absent)}")
-    sizes = {f"backbone.{key}": raw["backbone"][key] for key in wanted[2:]}
-    sizes["encoding.max_length"] = raw["encoding"].get("max_length")
-    for key, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArtifactError(f"{file}: {key} must be a whole number above 0, got {value!r}")
-    for place, example in enumerate(raw["golden"], start=1):
-        if not isinstance(example, dict) or not {"input", "logits"} <= example.keys():
-            raise ArtifactError(f"{file}: golden input {place} must have an input and its logits")
-
-
 def _check_shapes(manifest: Manifest, weights: Path) -> None:
-    """Compare the tensors in the file's header with the manifest, before anything is allocated."""
-    with weights.open("rb") as stream:
-        try:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(size, 1 << 24)))
-        except (struct.error, ValueError) as error:
-            raise ArtifactError(f"{weights}: not a safetensors file ({error})") from error
-    entries = header if isinstance(header, dict) else {}
+    """Compare the file's size and the tensors in its header with the manifest."""
+    most, size = largest_weights(manifest), weights.stat().st_size
+    if size > most:
+        raise ArtifactError(f"{weights}: expected at most {most:,} bytes, got {size:,}")
+    header = read_header(weights)
     is_tuned = manifest.method == "finetune"
     found = {
-        n: _entry(e, "shape", weights)
-        for n, e in entries.items()
-        if n != "__metadata__" and not (is_tuned and n.startswith(BACKBONE))
+        name: shape
+        for name, shape in header.shapes.items()
+        if not (is_tuned and name.startswith(BACKBONE))
     }
     expected = manifest.shapes()
     if found != expected:
-        raise ArtifactError(f"{weights}: expected tensors {expected}, got {found}")
-    if is_tuned and not any(name.startswith(BACKBONE) for name in entries):
+        raise ArtifactError(f"{weights}: expected tensors {expected}, got {_some(found)}")
+    if is_tuned and not any(name.startswith(BACKBONE) for name in header.shapes):
         raise ArtifactError(
             f"{weights}: expected the weights of a fine-tuned backbone, got {', '.join(found)}"
         )
-    kinds = {_entry(e, "dtype", weights) for n, e in entries.items() if n != "__metadata__"}
-    if kinds != {"F32"}:
-        raise ArtifactError(f"{weights}: expected F32 tensors, got {', '.join(sorted(kinds))}")
 
 
-def _entry(entry: Any, key: str, weights: Path) -> Any:
-    """Return a part of a tensor's entry in the header."""
-    if not isinstance(entry, dict) or key not in entry:
-        raise ArtifactError(f"{weights}: not a safetensors file (an entry without {key})")
-    return entry[key]
+def _some(shapes: Mapping[str, list[int]], *, most: int = 500) -> str:
+    text = str(dict(shapes))
+    return text if len(text) <= most else f"{text[:most]}... ({len(shapes):,} tensors)"
 
 
 def load_weights(directory: Path, manifest: Manifest) -> Weights:
-    """Load the weights of an artifact whose manifest was checked."""
+    """Load the weights of an artifact whose manifest was checked.
+
+    Raises:
+        ArtifactError: They are no longer those that were checked, or not finite.
+    """
+    file = directory / WEIGHTS_FILE
     try:
-        tensors = safetensors.torch.load_file(directory / WEIGHTS_FILE)
+        tensors = safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:
-        raise ArtifactError(
-            f"{directory / WEIGHTS_FILE}: not a safetensors file ({error})"
-        ) from error
+        raise ArtifactError(f"{file}: not a safetensors file ({error})") from error
     tuned = {n.removeprefix(BACKBONE): t for n, t in tensors.items() if n.startswith(BACKBONE)}
-    if {n for n in tensors if not n.startswith(BACKBONE)} != set(manifest.shapes()):
-        raise ArtifactError(f"{directory / WEIGHTS_FILE}: changed while it was read; try again")
+    found = {n: list(t.shape) for n, t in tensors.items() if not n.startswith(BACKBONE)}
+    if found != manifest.shapes():
+        raise ArtifactError(f"{file}: changed while it was read; try again")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{file}: expected finite numbers, got NaN or infinity in {name!r}; the training "
+                "that made this prompt failed. Train it again."
+            )
     return Weights(
         prompt=tensors.get("prompt"),
         head_weight=tensors["head.weight"],

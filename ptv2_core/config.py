@@ -19,6 +19,8 @@ HeadType = Literal["linear", "verbalizer"]
 LabelWords = Mapping[str, str]
 Method = Literal["ptv2", "prompt_tuning", "finetune", "probe"]
 Precision = Literal["auto", "fp32", "bf16"]
+# of a backbone that answers and never trains
+AnsweringPrecision = Literal["auto", "fp32", "bf16", "int8"]
 PromptLayers = Literal["all"] | int | tuple[int, ...]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 

@@ -4,6 +4,7 @@ MLflow retries for minutes before it admits that a server is away, and creates a
 not there. So both are looked at here first, without MLflow and without writing anything.
 """
 
+import importlib.util
 import logging
 import os
 import socket
@@ -14,9 +15,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ptv2_core.errors import PTv2Error
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 PROMPT_PATH = "artifacts/prompt"
 """Where the prompt lies inside a registered model."""
@@ -27,9 +32,14 @@ SHA256_TAG = "prompt_sha256"
 DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 EXPECTED_URI = "expected sqlite:///FILE, postgresql://..., mysql://..., mssql://..., http(s)://..."
 
-
 MANIFEST_TAG = "manifest_sha256"
 """Likewise of its prompt.json."""
+
+SIGNATURE_TAG = "ptv2.signature"
+"""Likewise the signature of its prompt.json."""
+
+REQUEST_TIMEOUT_S = 5
+REQUEST_RETRIES = 1
 
 
 class StoreError(PTv2Error):
@@ -38,6 +48,10 @@ class StoreError(PTv2Error):
 
 class StoreUnreachableError(StoreError):
     """A registry that does not answer; it may later."""
+
+
+class ConflictError(StoreError):
+    """Somebody else changed what was to be changed."""
 
 
 def resolve_uri(uri: str, *, root: Path) -> str:
@@ -82,6 +96,59 @@ def check_answers(uri: str, *, must_exist: bool = False, timeout_s: float = 3.0)
         _check_port(uri, timeout_s)
     else:
         _check_health(uri, timeout_s)
+
+
+def connect(uri: str) -> "MlflowClient":
+    """Return a client of the registry at a resolved `uri` that does not wait for minutes.
+
+    Raises:
+        StoreError: The registry is a database, which the small MLflow cannot read.
+    """
+    if not uri.startswith("http") and importlib.util.find_spec("sqlalchemy") is None:
+        raise StoreError(
+            f"the registry {shown(uri)} is a database, which needs the whole of MLflow: install "
+            "`ptv2[pipelines]`, or name an MLflow server (http://...)."
+        )
+    from mlflow import MlflowClient
+    from mlflow.environment_variables import (
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+        MLFLOW_HTTP_REQUEST_TIMEOUT,
+    )
+
+    # MLflow takes these from nowhere else; what the user set stays
+    for variable, value in (
+        (MLFLOW_HTTP_REQUEST_MAX_RETRIES, REQUEST_RETRIES),
+        (MLFLOW_HTTP_REQUEST_TIMEOUT, REQUEST_TIMEOUT_S),
+    ):
+        if not variable.is_set():  # type: ignore[no-untyped-call]
+            variable.set(value)  # type: ignore[no-untyped-call]
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def as_store_errors(uri: str, doing: str) -> Iterator[None]:
+    """Turn what MLflow and its transports raise into one message for the user.
+
+    Args:
+        uri: The registry.
+        doing: What could not be done, such as "the prompt could not be pulled".
+
+    Raises:
+        StoreUnreachableError: The registry does not answer.
+        StoreError: It refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = f"{doing} ({shown(uri)}): {lines[0][:500]}"
+        code = getattr(error, "error_code", "")
+        # MLflow wraps what the network raised, and keeps only its text
+        is_away = code == "TEMPORARILY_UNAVAILABLE" or lines[0].startswith("API request to http")
+        is_away |= isinstance(error, ConnectionError | TimeoutError)
+        raise (StoreUnreachableError if is_away else StoreError)(text) from error
 
 
 def shown(uri: str) -> str:

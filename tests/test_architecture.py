@@ -29,6 +29,7 @@ VENDORS = {
         "pipelines.sweep.proxy",
         "pipelines.sweep.trials",
     },
+    "cryptography": {"ptv2_serving.objects", "ptv2_serving.signing", "ptv2_serving.store"},
     "yaml": {"pipelines.apply_yaml", "pipelines.settings"},
     "datasets": {"pipelines.sources.hub"},
     "mlflow": {
@@ -36,21 +37,27 @@ VENDORS = {
         "pipelines.registry",
         "pipelines.mlflow_model",
         "pipelines.mlflow_runs",
-        "ptv2_serving.store",
+        "ptv2_serving.audit",
+        "ptv2_serving.control",
+        "ptv2_serving.resolving",
+        "ptv2_serving.sources",
         "ptv2_serving.tracking",
+        "ptv2_serving.wishes",
     },
 }
 
 # package of the core -> packages of the core that it may import
 CORE_ARROWS = {
     "errors": set[str](),
+    "bounded": {"errors"},
     "config": {"errors"},
     "files": {"errors"},
     "machine": set[str](),
     "parallel": set[str](),
     "data": {"errors", "config", "files"},
     "model": {"errors", "config", "files", "data.tasks"},
-    "artifact": {"errors", "config", "files", "data.tasks", "model"},
+    "manifest": {"errors", "bounded", "config", "data.tasks"},
+    "artifact": {"errors", "bounded", "config", "files", "manifest", "data.tasks", "model"},
     "evaluation": {"errors", "config", "files", "parallel", "data", "model", "artifact"},
     "training": {"errors", "config", "files", "parallel", "data", "model", "evaluation"},
 }

@@ -97,7 +97,7 @@ class TaskSpec:
         """
         problems: list[tuple[str, str]] = []
         name, kind, labels = values.get("name"), values.get("kind"), values.get("labels")
-        if not isinstance(name, str) or not NAME_PATTERN.match(name):
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             problems.append(("task.name", f"expected {NAME_PATTERN.pattern}, got {name!r}"))
         if kind not in get_args(TaskKind):
             expected = " | ".join(get_args(TaskKind))

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptv2_core.artifact import load_manifest, load_weights, restore_model
-from ptv2_core.config import Device, Precision
+from ptv2_core.artifact import Manifest, load_manifest, load_weights, restore_model
+from ptv2_core.config import AnsweringPrecision, Device
 from ptv2_core.data.batching import collate, sorted_batches
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.codec import Asked, Codec
 from ptv2_core.evaluation.forms.base import Decoding
 from ptv2_core.evaluation.scoring import EVALUATION_ROWS, logits_of_batch
+from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from ptv2_core.model.prompted import PromptedModel
@@ -73,7 +74,7 @@ class Predictor:
         *,
         backbone_name: str | None = None,
         device: Device = "auto",
-        precision: Precision = "auto",
+        precision: AnsweringPrecision = "auto",
     ) -> "Predictor":
         """Load an artifact and the backbone it names.
 
@@ -109,11 +110,33 @@ class Predictor:
             tunable=is_tuned,
             language_model=manifest.head.type == "verbalizer",
         )
+        tokenizer = load_tokenizer(location, words=manifest.task.form == "tokens")
+        return cls.of(directory, manifest, backbone, tokenizer)
+
+    @classmethod
+    def of(
+        cls,
+        directory: Path,
+        manifest: Manifest,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> "Predictor":
+        """Load an artifact onto a backbone that is there already.
+
+        Args:
+            directory: Holds both files.
+            manifest: What `load_manifest` returned for it.
+            backbone: The one that it names; it is shared, and not changed.
+            tokenizer: The backbone's, for words where the task's form is tokens.
+
+        Raises:
+            ArtifactError: The weights are damaged.
+        """
         weights = load_weights(directory, manifest)
         model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
         return cls(
             model,
-            load_tokenizer(location, words=manifest.task.form == "tokens"),
+            tokenizer,
             manifest.task,
             max_length=manifest.encoding["max_length"],
             stride=manifest.encoding.get("stride", 0),
@@ -159,9 +182,9 @@ class Predictor:
         Raises:
             ArtifactError: A logit differs from the stored one.
         """
-        for place, example in enumerate(self._golden, start=1):
+        found = self.logits([example["input"] for example in self._golden])
+        for place, (example, got) in enumerate(zip(self._golden, found, strict=True), start=1):
             expected = torch.tensor(example["logits"])
-            (got,) = self.logits([example["input"]])
             if got.shape != expected.shape or not torch.allclose(
                 got, expected, atol=GOLDEN_TOLERANCE, rtol=GOLDEN_TOLERANCE
             ):

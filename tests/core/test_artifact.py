@@ -183,7 +183,10 @@ def test_artifact_with_broken_json_is_refused(artifact: Path) -> None:
 
 @pytest.mark.parametrize(
     ("header", "message"),
-    [(b"[]", "expected tensors"), (b'{"prompt": {"dtype": "F32"}}', "an entry without shape")],
+    [
+        (b"[]", "not a safetensors file"),
+        (b'{"prompt": {"dtype": "F32"}}', "an entry without shape"),
+    ],
 )
 def test_artifact_with_a_wrong_header_is_refused(
     artifact: Path, header: bytes, message: str

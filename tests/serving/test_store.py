@@ -118,9 +118,9 @@ def remove_tag(workspace):
     ("harm", "error", "message"),
     [
         (damage_weights, ArtifactError, "expected sha256 .*, got "),
-        (exchange_prompt, ArtifactError, "registry expects a prompt with sha256 .*, got "),
+        (exchange_prompt, ArtifactError, "registry expects a prompt.json with sha256 .*, got "),
         (change_labels, ArtifactError, "registry expects a prompt.json with sha256 .*, got "),
-        (remove_weights, StoreError, "could not be pulled"),
+        (remove_weights, ArtifactError, "expected a file prompt.safetensors, found none"),
         (remove_tag, ArtifactError, "no tag 'prompt_sha256'"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import try_to_load_from_cache  # type: ignore[attr-defined]
 
-from ptv2_core.config import Device, Precision
+from ptv2_core.config import AnsweringPrecision, Device, Precision
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import ATTENTION_NAME, register_attention
 from ptv2_core.model.backbones import interface
@@ -19,6 +19,7 @@ from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
 from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
+from ptv2_core.model.backbones.quantized import quantize
 from ptv2_core.model.prompts import PromptShape
 
 
@@ -84,7 +85,7 @@ def load_backbone(
     revision: str | None = None,
     *,
     digest: str | None = None,
-    precision: Precision = "auto",
+    precision: AnsweringPrecision = "auto",
     device: Device = "auto",
     packs: bool = True,
     tunable: bool = False,
@@ -96,7 +97,8 @@ def load_backbone(
         name: As for `locate`.
         revision: As for `locate`.
         digest: Refuse weights with any other digest.
-        precision: Number format of the frozen weights.
+        precision: Number format of the frozen weights; with int8, which is for answering on a CPU
+            alone, everything but the products is in what `auto` gives.
         device: Where to put them.
         packs: Whether linear layers may be packed (bf16 on a CPU): faster, the same products.
         tunable: Whether copies of it will be trained: the weights stay in fp32, and `precision`
@@ -108,6 +110,13 @@ def load_backbone(
     """
     location = locate(name, revision)
     config = _config(location)
+    chosen = choose_device(device)
+    is_rounded = precision == "int8"
+    if is_rounded and (tunable or chosen.type != "cpu"):
+        raise BackboneError(
+            f"precision: int8 is for answering on a CPU, got device {chosen.type}"
+            f"{' and a backbone to train' if tunable else ''}; choose bf16 or fp32"
+        )
     found = location.digest()
     if digest is not None and digest != found:
         raise BackboneError(
@@ -117,10 +126,10 @@ def load_backbone(
         )
     names = _tensor_names(location)
     has_pooler = _has_pooler(names)
-    chosen = choose_device(device)
-    products = choose_precision(precision, chosen)
-    dtype = torch.float32 if tunable else products
+    products = choose_precision("auto" if precision == "int8" else precision, chosen)
+    dtype = torch.float32 if tunable or is_rounded else products
     model = _load_model(location, config, dtype, has_pooler)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     spec = BackboneSpec(
         name=location.name,
         revision=location.revision,
@@ -132,12 +141,16 @@ def load_backbone(
             head_size=config.hidden_size // config.num_attention_heads,
         ),
         hidden_size=config.hidden_size,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         max_positions=config.max_position_embeddings,
         reads=_default_reading(location, has_pooler, names),
         has_pooler=has_pooler,
     )
     first = config.pad_token_id + 1 if interface.MODEL_TYPES[config.model_type] else 0
+    if is_rounded:
+        # from the weights as they are, not as bf16 rounded them
+        quantize(model)
+        model = model.to(products)
     model = model.to(chosen)
     if packs and chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         pack(model)

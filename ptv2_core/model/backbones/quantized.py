@@ -1,0 +1,47 @@
+"""Linear layers of a frozen backbone in int8, for answering on a CPU.
+
+Weights have a scale for each output, states one for each row. So a row's answer depends on no
+other row of its batch, which one scale for all states would not give.
+"""
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = 127
+# of a row of zeros
+SMALLEST = 1e-12
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` with weights rounded to int8; it has no gradient.
+
+    Its weights are in no state dictionary, and cannot be moved or cast.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Round the weights of `linear`, to nearest, symmetrically about zero."""
+        super().__init__()
+        weight = linear.weight.detach().float()  # [outputs, inputs]
+        self._scale = weight.abs().amax(dim=1).clamp(min=SMALLEST) / LEVELS
+        self._weight = (weight / self._scale[:, None]).round().to(torch.int8)
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return `[..., outputs]` for `[..., inputs]`, in the format of the states."""
+        flat = states.reshape(-1, states.shape[-1]).float()  # [..., inputs] -> [rows, inputs]
+        scale = flat.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST) / LEVELS
+        rounded = (flat / scale).round_().to(torch.int8)
+        product = torch._int_mm(rounded, self._weight.t()).float()
+        product *= scale
+        product *= self._scale
+        if self._bias is not None:
+            product += self._bias
+        return product.to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def quantize(model: nn.Module) -> None:
+    """Replace every `nn.Linear` in a frozen model on the CPU."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Int8Linear(child))

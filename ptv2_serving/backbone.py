@@ -1,0 +1,108 @@
+"""The one backbone of a server, in fp32: what golden inputs are checked on, and tokenizers.
+
+Golden logits were computed in fp32, and only fp32 can repeat them closely; what answers may run in
+another format.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ptv2_core.artifact import Manifest
+from ptv2_core.errors import ArtifactError, BackboneError
+from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.locating import Location, load_tokenizer, locate
+
+
+class Verifier:
+    """Checks prompts on the backbone that the first of them names; all others must name it too."""
+
+    def __init__(self, backbone_name: str | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            backbone_name: Where the backbone is on this machine, if not under the name that the
+                prompts were trained with.
+        """
+        self._name = backbone_name
+        self._named: Mapping[str, Any] = {}
+        self._location: Location | None = None
+        self._backbone: Backbone | None = None
+        self._tokenizers: dict[bool, PreTrainedTokenizerBase] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a prompt has said which backbone it is."""
+        return self._backbone is not None
+
+    @property
+    def location(self) -> Location:
+        """Where the backbone's files are."""
+        assert self._location is not None, "the first prompt says which backbone it is"
+        return self._location
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that was loaded."""
+        assert self._backbone is not None, "the first prompt says which backbone it is"
+        return self._backbone
+
+    def verify(self, folder: Path, manifest: Manifest) -> None:
+        """Check a prompt against the backbone, and run its golden inputs.
+
+        Raises:
+            ArtifactError: It is for another backbone or tokenizer, of a method that cannot share
+                its backbone, or its golden inputs have other logits here.
+            BackboneError: The backbone is not on this machine, or is another one.
+        """
+        self.predictor(folder, manifest).verify_golden()
+
+    def predictor(self, folder: Path, manifest: Manifest) -> Predictor:
+        """Return a prompt on the fp32 backbone; errors as for `verify`, golden inputs apart."""
+        name = manifest.task.name
+        if manifest.method == "finetune":
+            raise ArtifactError(
+                f"{name}: expected a prompt, got a fine-tuned model, which shares its backbone "
+                "with nobody; serve it by itself (`mlflow models serve`)."
+            )
+        self._open(manifest)
+        expected, found = manifest.backbone["digest"], self.backbone.spec.digest
+        if expected != found:
+            raise BackboneError(
+                f"{name}: expected the backbone {found}, on which all prompts of a server run, got "
+                f"a prompt for {expected} ({manifest.backbone['name']}). Serve it by another "
+                "server."
+            )
+        tokens = self.location.tokenizer_digest()
+        if manifest.tokenizer_digest != tokens:
+            raise ArtifactError(
+                f"{name}: expected tokenizer {manifest.tokenizer_digest}, got {tokens} in "
+                f"{self.location.folder}; use the backbone's own tokenizer files"
+            )
+        words = manifest.task.form == "tokens"
+        if words not in self._tokenizers:
+            self._tokenizers[words] = load_tokenizer(self.location, words=words)
+        return Predictor.of(folder, manifest, self.backbone, self._tokenizers[words])
+
+    def _open(self, manifest: Manifest) -> None:
+        """Load the backbone, once; again where the first head to read the mask token comes."""
+        reads_mask = manifest.head.type == "verbalizer"
+        if self._backbone is None:
+            self._named = manifest.backbone
+        elif not reads_mask or self._backbone.language_model is not None:
+            return
+        name = self._name or self._named["name"]
+        revision = None if self._name else self._named.get("revision")
+        self._location = locate(name, revision)
+        self._backbone = load_backbone(
+            name,
+            revision,
+            digest=self._named["digest"],
+            device="cpu",
+            precision="fp32",
+            language_model=reads_mask,
+        )
