@@ -1,6 +1,6 @@
 # Two images from one file:
 #   docker build --target train -t ptv2-train .   runs the chain; also the MLflow and Prefect servers of compose.yaml
-#   docker build --target serve -t ptv2-serve .   answers requests with one model version of the registry
+#   docker build --target serve -t ptv2-serve .   answers requests for all tasks of the registry, on one backbone
 # Both install the versions locked in constraints.txt.
 
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
@@ -60,17 +60,15 @@ HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
 CMD ["ptv2", "run"]
 
 FROM base AS serve
+RUN install -d -o ptv2 -g ptv2 -m 700 /var/lib/ptv2/store
 COPY --from=build-serve /opt/venv /opt/venv
-# The backbone is in the image, so nothing is downloaded; a model that needs unpickling is refused.
+# The backbone is in the image, so nothing is downloaded but prompts; nothing of them is ever unpickled.
 ENV HF_HUB_OFFLINE=1 \
-    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false \
-    PTV2_MODEL=intents@champion
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false
 WORKDIR /home/ptv2
 USER ptv2
 EXPOSE 8080
-# As the first process of a container Python ignores the default, SIGTERM.
-STOPSIGNAL SIGINT
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/ping', timeout=4)"]
-# A shell, to expand the name; exec, so that the server gets the signals. MLFLOW_TRACKING_URI says which registry.
-CMD ["sh", "-c", "exec mlflow models serve -m \"models:/$PTV2_MODEL\" --env-manager local --host 0.0.0.0 --port 8080"]
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
+# MLFLOW_TRACKING_URI says which registry. Who may ask stands in a file, a token a line; without one it would not listen here.
+CMD ["ptv2", "serve", "--host=0.0.0.0", "--port=8080", "--store=/var/lib/ptv2/store", "--token-file=/run/secrets/ptv2_tokens"]

@@ -5,6 +5,8 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlflow
+import pandas as pd
 import pytest
 
 from ptv2_core.errors import DataError
@@ -110,6 +112,23 @@ def test_service_answers_with_the_champions(serving: Serving) -> None:
         serving.check(text, answer)
     tags = serving.ask(TEXTS[0], "slots").predictions[0]["tags"]
     assert len(tags) == 3
+
+
+def test_service_answers_as_mlflow_does_with_the_same_version(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    folder = serving.workspace.stored(1)
+    # as MLflow's own server loads it
+    model = mlflow.pyfunc.load_model(str(folder), model_config={"device": "cpu"})
+    table = model.predict(pd.DataFrame({"text": TEXTS}))
+    for text, label, score in zip(TEXTS, table["label"], table["score"], strict=True):
+        (found,) = serving.ask(text).predictions
+        # MLflow's model may run in bf16, where this machine multiplies it fast
+        assert found["probabilities"][label] == pytest.approx(score, abs=0.02)
+        assert found["probabilities"][label] == pytest.approx(
+            max(found["probabilities"].values()), abs=0.02
+        )
 
 
 def test_service_tells_what_is_loaded(serving: Serving) -> None:
