@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptv2_core.config import AnsweringPrecision, Device
 from ptv2_core.errors import ConfigError, PTv2Error
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ Workspace = Annotated[
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")]
 STAGES = "Stages, as dvc.yaml runs them"
 EVERYDAY = "Everyday"
+CONTROL = "What answers, in the registry"
+LIMITS = "Who may ask, and how much"
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task of the registry.")]
+Challenger = Annotated[
+    str, typer.Argument(help="TASK:VERSION or TASK@ALIAS; a bare TASK means its challenger.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="The registry; default: that of params.yaml.")
+]
+Expect = Annotated[
+    int | None, typer.Option(min=1, help="Only if this version is the champion now.")
+]
+Reason = Annotated[str, typer.Option(help="Why, for the audit line.")]
 
 
 def main() -> None:
@@ -499,20 +514,207 @@ def pull(
     tracking_uri: Annotated[
         str | None, typer.Option(help="The registry; default: that of params.yaml.")
     ] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key; a prompt that is not signed is refused.")
+    ] = None,
     workspace: Workspace = Path(),
 ) -> None:
     """Download a registered prompt and verify it on its backbone."""
-    from pipelines.settings import read_environment
+    from pipelines.launch_control import registry_uri
     from pipelines.threads import limit_threads
-    from ptv2_serving import store
+    from ptv2_serving import signing, store
 
     limit_threads()
-    uri = tracking_uri or read_environment().mlflow_tracking_uri or _registry_of(workspace)
-    pulled = store.pull(reference, to, tracking_uri=uri, root=workspace, backbone_name=backbone)
+    pulled = store.pull(
+        reference,
+        to,
+        tracking_uri=registry_uri(workspace, tracking_uri),
+        root=workspace,
+        backbone_name=backbone,
+        public_key=None if verify_key is None else signing.read_public_key(verify_key),
+    )
     _say(
         f"pulled {pulled.manifest.task.name} version {pulled.version} to {pulled.path}: "
         f"{pulled.manifest.size_bytes:,} bytes, sha256 and golden inputs verified"
     )
+
+
+@app.command(rich_help_panel=CONTROL)
+def promote(
+    reference: Annotated[str, typer.Argument(help="TASK:VERSION or TASK@ALIAS.")],
+    expect: Expect = None,
+    reason: Reason = "",
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Make a version the champion, which answers; its canary has ended then."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.promote(workspace, tracking_uri, reference, expect, reason))
+
+
+@app.command(rich_help_panel=CONTROL)
+def rollback(
+    task: TaskName,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="A version; default: the champion before this one.")
+    ] = None,
+    expect: Expect = None,
+    reason: Reason = "",
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Make the version champion again that was it before."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.rollback(workspace, tracking_uri, task, to, expect, reason))
+
+
+@app.command(rich_help_panel=CONTROL)
+def canary(
+    reference: Challenger,
+    share: Annotated[
+        float | None, typer.Option(help="Percent of the requests that it answers.")
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End the task's canary.")] = False,
+    reason: Reason = "",
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Let a version answer a share of the requests beside the champion."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.canary(workspace, tracking_uri, reference, share, stop, reason))
+
+
+@app.command(rich_help_panel=CONTROL)
+def shadow(
+    reference: Challenger,
+    stop: Annotated[bool, typer.Option("--stop", help="End the task's shadow.")] = False,
+    reason: Reason = "",
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Ask a version beside the champion without hearing it, to count where they differ."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.shadow(workspace, tracking_uri, reference, stop, reason))
+
+
+@app.command(rich_help_panel=CONTROL)
+def history(
+    task: TaskName, tracking_uri: TrackingUri = None, workspace: Workspace = Path()
+) -> None:
+    """Show who changed what answers a task, when and why; latest first."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.history(workspace, tracking_uri, task))
+
+
+@app.command(rich_help_panel=CONTROL)
+def sign(
+    reference: Annotated[str, typer.Argument(help="TASK:VERSION.")],
+    key: Annotated[Path, typer.Option(help="A private Ed25519 key in PEM.")],
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+) -> None:
+    """Sign a registered prompt, for those who pull with --verify-key."""
+    from pipelines import launch_control
+
+    _say_all(launch_control.sign(workspace, tracking_uri, reference, key))
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def serve(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASK", help="Default: all with a champion.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Any but loopback needs --token-file.")] = "127.0.0.1",
+    port: Port = 8000,
+    tracking_uri: TrackingUri = None,
+    workspace: Workspace = Path(),
+    store: Annotated[
+        Path | None, typer.Option(help="The local store.", show_default=".ptv2/store")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
+    ] = None,
+    precision: Annotated[AnsweringPrecision, typer.Option(help="Of the frozen weights.")] = "auto",
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    engines: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that compute.", show_default="a core each but one"),
+    ] = None,
+    watch_s: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between two looks at the aliases; 0: none.")
+    ] = 2.0,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="A public key; a prompt that is not signed is refused.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Who may ask: one token a line.", rich_help_panel=LIMITS)
+    ] = None,
+    admin_token_file: Annotated[
+        Path | None, typer.Option(help="Who may reload, likewise.", rich_help_panel=LIMITS)
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, typer.Option(help="Of a request.", rich_help_panel=LIMITS)
+    ] = None,
+    max_inputs: Annotated[
+        int | None, typer.Option(help="Of a request.", rich_help_panel=LIMITS)
+    ] = None,
+    max_text_chars: Annotated[
+        int | None, typer.Option(help="Of each text.", rich_help_panel=LIMITS)
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Requests side by side.", rich_help_panel=LIMITS)
+    ] = None,
+    max_queue_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows that wait.", rich_help_panel=LIMITS)
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests a second of one client; 0: any.", rich_help_panel=LIMITS),
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(help="Of them at once.", rich_help_panel=LIMITS)
+    ] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option(help="For an answer.", rich_help_panel=LIMITS)
+    ] = None,
+    drain_s: Annotated[
+        float | None, typer.Option(help="For the last answers.", rich_help_panel=LIMITS)
+    ] = None,
+    refuse_long: Annotated[
+        bool, typer.Option("--refuse-long", help="Do not cut texts.", rich_help_panel=LIMITS)
+    ] = False,
+    log_texts: Annotated[
+        bool, typer.Option("--log-texts", help="Log inputs, too.", rich_help_panel=LIMITS)
+    ] = False,
+) -> None:
+    """Serve the registry's prompts over HTTP, all on one backbone; SIGTERM or Ctrl-C ends it."""
+    from pipelines import launch_serve
+
+    launch_serve.run(
+        tasks or [],
+        workspace=workspace,
+        tracking_uri=tracking_uri,
+        store=store,
+        token_file=token_file,
+        admin_token_file=admin_token_file,
+        serving={
+            "host": host, "port": port, "max_body_bytes": max_body_bytes,
+            "max_inputs": max_inputs, "max_text_chars": max_text_chars,
+            "max_concurrent": max_concurrent, "rate_per_s": rate, "rate_burst": burst,
+            "timeout_s": timeout_s, "drain_timeout_s": drain_s, "refuse_long": refuse_long,
+            "log_texts": log_texts,
+        },
+        service={
+            "backbone": backbone, "precision": precision, "device": device, "engines": engines,
+            "watch_s": watch_s, "public_key": verify_key, "queue_rows": max_queue_rows,
+        },
+        console=_console(),
+    )  # fmt: skip
 
 
 @app.command(rich_help_panel=EVERYDAY)
@@ -562,12 +764,6 @@ def _task(workspace: Path, name: str) -> "tuple[TaskSettings, TaskPaths]":
     return settings, TaskPaths(root=Path(), task=name)
 
 
-def _registry_of(workspace: Path) -> str:
-    from pipelines.settings import load_settings
-
-    return load_settings(workspace / "params.yaml").register.tracking_uri
-
-
 def _console() -> "Console":
     from rich.console import Console
 
@@ -577,3 +773,8 @@ def _console() -> "Console":
 
 def _say(text: str) -> None:
     typer.echo(text)
+
+
+def _say_all(lines: list[str]) -> None:
+    for line in lines:
+        _say(line)

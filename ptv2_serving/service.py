@@ -1,6 +1,7 @@
 """The service behind HTTP: routes, the engine, and the registry's wishes followed while it runs."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from ptv2_serving.routes import Resident, Route
 from ptv2_serving.routing import ResolvedVersion, Routing
 from ptv2_serving.tracking import StoreError
 
+LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # what two answers to one input are compared by
@@ -103,6 +105,7 @@ class PromptService:
         self._load_thread = ThreadPoolExecutor(1, thread_name_prefix="ptv2-load")
         self._reload_lock = asyncio.Lock()
         self._is_draining = False
+        self._is_away = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -243,21 +246,32 @@ class PromptService:
     # Following the registry
 
     async def follow(self, every_s: float) -> None:
-        """Look at the aliases again and again, until it is cancelled."""
+        """Look at the aliases again and again, until it is cancelled; log what changed."""
         while True:
             await asyncio.sleep(every_s)
-            await self.reload()
+            try:
+                lines = await self.reload()
+            except Exception:
+                # whatever is wrong with one look, the next one may succeed: never go blind
+                LOG.exception("the registry's aliases could not be followed")
+                continue
+            for line in lines:
+                LOG.info(line)
 
     async def reload(self) -> list[str]:
         """Look at the aliases now, and load and swap what moved; return what changed, a line each.
 
-        A registry that does not answer changes nothing; `status` tells how long ago it did.
+        A registry that does not answer changes nothing, and is told once; `status` says how long
+        ago it did.
         """
         async with self._reload_lock:
             try:
                 routings = await self._in_loader(lambda: self._wishes.routings(self._tasks))
             except StoreError as error:
-                return [f"the registry does not answer: {error}"]
+                is_news = not self._is_away
+                self._is_away = True
+                return [f"the registry does not answer: {error}"] if is_news else []
+            self._is_away = False
             self._answered_at = time.monotonic()
             self._left_out = dict(self._wishes.problems)
             return await self.adopt(routings)

@@ -293,11 +293,41 @@ def test_service_goes_on_when_the_registry_is_away(
     try:
         (line,) = serving.run(serving.service.reload())
         assert line.startswith("the registry does not answer")
+        assert serving.run(serving.service.reload()) == []  # it was told
         serving.run(asyncio.sleep(0.05))
         assert serving.service.status().stale_s > 0.04
         assert serving.ask().prompt.version == 1
     finally:
         moved.rename(database)
+
+
+def test_service_follows_and_survives_whatever_is_wrong_with_a_look(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reload = serving.service.reload
+    looks = 0
+
+    async def broken_once() -> list[str]:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise RuntimeError("a fault of ours")
+        return await reload()
+
+    async def followed() -> None:
+        following = asyncio.create_task(serving.service.follow(0.01))
+        while serving.service.tasks()[0].champion.version != 3:
+            await asyncio.sleep(0.01)
+        following.cancel()
+
+    monkeypatch.setattr(serving.service, "reload", broken_once)
+    serving.registry.promote("intents:3")
+    with caplog.at_level("INFO", "ptv2_serving"):
+        serving.run(asyncio.wait_for(followed(), TIMEOUT_S))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the registry's aliases could not be followed",
+        "intents: champion 1 -> 3",
+    ]
 
 
 def test_service_starts_from_its_store_when_the_registry_is_away(tmp_path: Path) -> None:

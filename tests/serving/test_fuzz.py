@@ -1,0 +1,99 @@
+"""Requests that a machine invents from the OpenAPI document, against the app."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from ptv2_serving.app import ServeConfig, make_app
+from tests.serving.service_parts import FakeService
+
+schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis (extra dev)")
+
+EXAMPLES = 60
+
+
+class Nowhere:
+    """Takes the log."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+APP = make_app(FakeService(), ServeConfig(), log=Nowhere())  # type: ignore[arg-type]
+SEEN: set[tuple[str, int]] = set()
+KNOWN = {
+    "task": ["intents", "slots", "reading", "copa", "nope"],
+    "model": ["intents", "slots", "reading", "copa", "nope"],
+    "version": ["2", "3", "9", "x"],
+}
+
+
+async def nearby(scope: Any, receive: Any, send: Any) -> None:
+    """Answer as to a client on this machine."""
+    if scope["type"] == "http":
+        scope = {**scope, "client": ("127.0.0.1", 50_000)}
+    await APP(scope, receive, send)
+
+
+def document() -> dict[str, Any]:
+    """Return the document, with names that are loaded: bodies are not read for others."""
+    found = json.loads(json.dumps(APP.openapi()))
+    for methods in found["paths"].values():
+        for operation in methods.values():
+            for parameter in operation.get("parameters", []):
+                parameter["schema"] = {"type": "string", "enum": KNOWN[parameter["name"]]}
+    return found
+
+
+schema = schemathesis.openapi.from_dict(document())
+schema.app = nearby
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_fuzz_finds_nothing(case: Any) -> None:
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        negative_data_rejection,
+        response_headers_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+        unsupported_method,
+    )
+
+    # which inputs fit depends on the task of the path: good ones may be refused, unchecked here
+    response = case.call_and_validate(
+        headers={"Host": "localhost"},
+        checks=[
+            not_a_server_error,
+            content_type_conformance,
+            negative_data_rejection,
+            response_headers_conformance,
+            response_schema_conformance,
+            status_code_conformance,
+            unsupported_method,
+        ],
+    )
+    SEEN.add((case.operation.path, response.status_code))
+
+
+@pytest.mark.slow
+def test_fuzz_got_as_far_as_answers() -> None:
+    if not SEEN:
+        pytest.skip("the requests were not made here")
+    for path in ("/v1/tasks/{task}/predict", "/v2/models/{model}/infer"):
+        assert {status for found, status in SEEN if found == path} >= {200, 404, 415, 422}, path
