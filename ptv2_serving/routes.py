@@ -43,7 +43,6 @@ class Route:
         shadow: What is asked beside the champion, or None.
         warm: Earlier prompts, latest first.
         records: The latest requests of champion and canary since the canary came.
-        problem: Why the registry's wish is not followed, or None.
     """
 
     champion: Resident
@@ -54,7 +53,6 @@ class Route:
     records: dict[Role, Record] = field(
         default_factory=lambda: {"champion": Record(), "canary": Record()}
     )
-    problem: str | None = None
 
     def residents(self) -> Iterator[Resident]:
         """Yield all that is loaded, each once."""

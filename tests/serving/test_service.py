@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import pytest
 
 from ptv2_core.errors import DataError
 from ptv2_core.evaluation.predict import Predictor
+from ptv2_serving import golden
 from ptv2_serving.answering import (
     Answer,
     BusyError,
@@ -211,7 +213,7 @@ def test_service_takes_a_failing_canary_back_and_tells_the_registry(
     serving.registry.set_canary("intents", 3, 50.0)
     serving.run(serving.service.reload())
     monkeypatch.setattr(serving.service, "_limits", Limits(min_requests=5))
-    canary = serving.service._routes["intents"].canary
+    canary = serving.service._follower.routes["intents"].canary
     assert canary is not None
     compute = serving.service._engine.compute
 
@@ -237,6 +239,32 @@ def test_service_takes_a_failing_canary_back_and_tells_the_registry(
     )
     line = serving.registry.history("intents")
     assert any("100% of its last 5" in one.reason for one in line)
+
+
+def test_service_refuses_a_canary_whose_golden_inputs_have_other_answers(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = serving.service._engine.compute
+    known = set(serving.service._engine.sizes)
+
+    async def turned(slot: int, *args: Any, **settings: Any) -> Computed:
+        computed = await compute(slot, *args, **settings)
+        logits = computed.logits if slot in known else [-10 * own for own in computed.logits]
+        return replace(computed, logits=logits)
+
+    monkeypatch.setattr(serving.service._engine, "compute", turned)
+    monkeypatch.setattr(golden, "CLEAR_MARGIN", 0.0)
+    serving.registry.set_canary("intents", 3, 50.0)
+    assert serving.run(serving.service.reload()) == []
+    assert "another answer here than in training" in str(serving.service.tasks()[0].problem)
+    assert {serving.ask(request_id=str(number)).role for number in range(20)} == {"champion"}
+    serving.run(asyncio.sleep(0.5))
+    assert serving.registry.routings()["intents"].canary is None
+    # set again, it is looked at again
+    monkeypatch.undo()
+    serving.run(serving.service.reload())
+    serving.registry.set_canary("intents", 3, 50.0)
+    assert serving.run(serving.service.reload())[0] == "intents: canary none -> 3"
 
 
 def test_service_counts_where_a_shadow_disagrees(serving: Serving) -> None:
@@ -304,7 +332,7 @@ def test_service_goes_on_when_the_registry_is_away(
 def test_service_follows_and_survives_whatever_is_wrong_with_a_look(
     serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reload = serving.service.reload
+    reload = serving.service._follower.reload
     looks = 0
 
     async def broken_once() -> list[str]:
@@ -316,11 +344,11 @@ def test_service_follows_and_survives_whatever_is_wrong_with_a_look(
 
     async def followed() -> None:
         following = asyncio.create_task(serving.service.follow(0.01))
-        while serving.service.tasks()[0].champion.version != 3:
+        while len(caplog.records) < 2:
             await asyncio.sleep(0.01)
         following.cancel()
 
-    monkeypatch.setattr(serving.service, "reload", broken_once)
+    monkeypatch.setattr(serving.service._follower, "reload", broken_once)
     serving.registry.promote("intents:3")
     with caplog.at_level("INFO", "ptv2_serving"):
         serving.run(asyncio.wait_for(followed(), TIMEOUT_S))

@@ -1,0 +1,322 @@
+"""Making the registry's wishes true while requests are answered."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Literal, Protocol, TypeVar
+
+from ptv2_core.errors import ArtifactError, PTv2Error
+from ptv2_serving.answering import Role
+from ptv2_serving.asking import Asker
+from ptv2_serving.guard import Record
+from ptv2_serving.loading import Loader
+from ptv2_serving.routes import Resident, Route
+from ptv2_serving.routing import ResolvedVersion, Routing
+from ptv2_serving.tracking import StoreError
+
+LOG = logging.getLogger(__name__)
+# before what could not be loaded is tried again, unless the registry wishes something else
+RETRY_AFTER_S = 60.0
+
+Result = TypeVar("Result")
+
+
+class Wishes(Protocol):
+    """What says which versions should answer: the registry.
+
+    Attributes:
+        problems: Why a task, a canary or a shadow was left out of the last routings, by task.
+    """
+
+    problems: dict[str, str]
+
+    def routings(self, tasks: Sequence[str] | None = None) -> dict[str, Routing]:
+        """Return what it wishes for the tasks; for all it has, where None."""
+        ...
+
+    def forget(self, task: str) -> None:
+        """Ask anew for a task's versions the next time: what was wrong may have been mended."""
+        ...
+
+    def stop_canary(self, task: str, reason: str = "", *, expect: int | None = None) -> object:
+        """End a canary, if it still is version `expect`."""
+        ...
+
+
+class Follower:
+    """Holds the routes. A swap is one reference put in place of another.
+
+    Attributes:
+        routes: What is loaded, by task.
+        swaps: Times that a champion moved and its prompt was swapped in.
+        last_swap_s: From the moved alias seen to the end of the last swap; None: none yet.
+        answered_at: When the registry last answered, by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        loader: Loader,
+        wishes: Wishes,
+        *,
+        tasks: Sequence[str] | None,
+        warm: int,
+    ) -> None:
+        """Hold no route yet; arguments as for `PromptService`."""
+        self.routes: dict[str, Route] = {}
+        self.swaps = 0
+        self.last_swap_s: float | None = None
+        self.answered_at = time.monotonic()
+        self._asker = asker
+        self._engine = asker.engine
+        self._loader = loader
+        self._wishes = wishes
+        self._tasks = tuple(tasks) if tasks else None
+        self._warm = warm
+        # what each route was made from
+        self._routings: dict[str, Routing] = {}
+        # why a task is not as wished; its canary or shadow; what the registry itself left out
+        self._problems: dict[str, str] = {}
+        self._beside_problems: dict[str, str] = {}
+        self._left_out: dict[str, str] = {}
+        self._failed: dict[str, tuple[Routing, float]] = {}
+        # canaries that were taken back here: the registry may still name them
+        self._rejected: dict[str, int] = {}
+        self._is_away = False
+        self._lock = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptv2-load")
+        self._telling: set[asyncio.Task[None]] = set()
+
+    def problems(self) -> dict[str, str]:
+        """Return why tasks are not served, or not as the registry wishes, by task."""
+        return self._left_out | self._beside_problems | self._problems
+
+    async def follow(self, every_s: float) -> None:
+        """Look at the aliases again and again, until it is cancelled; log what changed."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                lines = await self.reload()
+            except Exception:
+                # whatever is wrong with one look, the next one may succeed: never go blind
+                LOG.exception("the registry's aliases could not be followed")
+                continue
+            for line in lines:
+                LOG.info(line)
+
+    async def reload(self) -> list[str]:
+        """Look at the aliases now, and load and swap what moved; return what changed, a line each.
+
+        A registry that does not answer changes nothing, and is told once; `status` says how long
+        ago it did.
+        """
+        async with self._lock:
+            try:
+                routings = await self._in_loader(lambda: self._wishes.routings(self._tasks))
+            except StoreError as error:
+                is_news = not self._is_away
+                self._is_away = True
+                return [f"the registry does not answer: {error}"] if is_news else []
+            self._is_away = False
+            self.answered_at = time.monotonic()
+            self._left_out = dict(self._wishes.problems)
+            return await self.adopt(routings)
+
+    async def adopt(
+        self, routings: Mapping[str, Routing], *, told: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """Make routings true, task by task; one that fails leaves what the task had.
+
+        Args:
+            routings: By task; a task that is served and not among them is served as it was.
+            told: Is given the name of each task that is done.
+        """
+        lines = []
+        for task, routing in routings.items():
+            if self._is_due(task, routing):
+                lines += await self._try(task, routing)
+            if told is not None:
+                told(task)
+        if lines:
+            good = {task: self._routings[task] for task in self.routes if task in self._routings}
+            folders = {
+                resident.folder for route in self.routes.values() for resident in route.residents()
+            }
+            try:
+                await self._in_loader(lambda: self._loader.remember(good, folders))
+            except PTv2Error as error:
+                lines.append(f"what is served could not be remembered: {error}")
+        return lines
+
+    def _is_due(self, task: str, routing: Routing) -> bool:
+        """Tell whether a routing is new, or could not be followed some time ago."""
+        if task not in self._failed:
+            return routing != self._routings.get(task)
+        failed, at = self._failed[task]
+        return routing != failed or time.monotonic() - at > RETRY_AFTER_S
+
+    async def _try(self, task: str, routing: Routing) -> list[str]:
+        """Follow a routing; what is wrong with it is kept, and told once."""
+        try:
+            lines = await self._follow(task, routing, time.monotonic())
+        except PTv2Error as error:
+            is_known = self._problems.get(task) == str(error)
+            self._problems[task] = str(error)
+            self._failed[task] = (routing, time.monotonic())
+            self._wishes.forget(task)
+            return [] if is_known else [f"{task}: {error}"]
+        self._problems.pop(task, None)
+        self._failed.pop(task, None)
+        self._routings[task] = routing
+        if task in self._beside_problems:
+            self._failed[task] = (routing, time.monotonic())
+        return lines
+
+    async def _follow(self, task: str, routing: Routing, seen_at: float) -> list[str]:
+        """Load what a routing names, then swap the task's route in one reference."""
+        if routing.canary != self._rejected.get(task):
+            self._rejected.pop(task, None)
+        self._beside_problems.pop(task, None)
+        before = self.routes.get(task)
+        loaded: dict[int, Resident] = {}
+        champion = await self._resident(before, routing.versions[routing.champion], loaded)
+        canary = await self._beside(before, routing, "canary", loaded)
+        shadow = await self._beside(before, routing, "shadow", loaded)
+        after = Route(
+            champion=champion,
+            canary=canary,
+            canary_share=routing.canary_share if canary else 0.0,
+            shadow=shadow,
+            warm=self._kept_warm(before, loaded),
+        )
+        if before and before.canary and canary and before.canary.id == canary.id:
+            after = replace(after, records=before.records)
+        self._swap(task, before, after)
+        if before is not None and champion.id != before.champion.id:
+            self.swaps += 1
+            self.last_swap_s = time.monotonic() - seen_at
+        return _changes(task, before, after)
+
+    async def _beside(
+        self,
+        before: Route | None,
+        routing: Routing,
+        role: Literal["canary", "shadow"],
+        loaded: dict[int, Resident],
+    ) -> Resident | None:
+        """Return a canary or shadow; what is wrong with one leaves the champion alone."""
+        number = routing.canary if role == "canary" else routing.shadow
+        task = routing.task
+        if number is None or (role == "canary" and self._rejected.get(task) == number):
+            return None
+        try:
+            return await self._resident(before, routing.versions[number], loaded)
+        except PTv2Error as error:
+            self._beside_problems[task] = f"the {role}, version {number}, is not loaded: {error}"
+            if role == "canary" and isinstance(error, ArtifactError):
+                self._rejected[task] = number
+                self._tell(task, number, str(error))
+            return None
+
+    async def _resident(
+        self, before: Route | None, version: ResolvedVersion, loaded: dict[int, Resident]
+    ) -> Resident:
+        """Return a version as it is loaded already, or load it."""
+        if version.version not in loaded:
+            found = self._find(before, version)
+            loaded[version.version] = found or await self._load(version)
+        return loaded[version.version]
+
+    def _find(self, route: Route | None, version: ResolvedVersion) -> Resident | None:
+        """Return a version that is loaded for the task already."""
+        if route is None:
+            return None
+        return next((one for one in route.residents() if one.id == version.prompt), None)
+
+    async def _load(self, version: ResolvedVersion) -> Resident:
+        """Fetch, verify and load a version, and see that it answers as it should."""
+        prepared = await self._in_loader(lambda: self._loader.prepare(version))
+        slot = await self._engine.put(prepared.path, alone=prepared.alone)
+        resident = Resident(
+            id=version.prompt,
+            manifest=prepared.manifest,
+            codec=prepared.codec,
+            slot=slot,
+            folder=prepared.path.name,
+        )
+        try:
+            await self._asker.check_golden(resident)
+        except PTv2Error:
+            self._engine.drop(slot)
+            raise
+        return resident
+
+    def _kept_warm(
+        self, before: Route | None, loaded: Mapping[int, Resident]
+    ) -> tuple[Resident, ...]:
+        """Return the earlier prompts that stay loaded, latest first."""
+        if before is None:
+            return ()
+        new = {resident.id for resident in loaded.values()}
+        earlier = [one for one in (before.champion, *before.warm) if one.id not in new]
+        return tuple(earlier[: self._warm])
+
+    def _swap(self, task: str, before: Route | None, after: Route) -> None:
+        self.routes[task] = after
+        if before is None:
+            return
+        kept = {resident.slot for resident in after.residents()}
+        for resident in before.residents():
+            if resident.slot not in kept:
+                self._engine.drop(resident.slot)
+
+    # Canaries
+
+    def take_back(self, task: str, route: Route, reason: str) -> None:
+        """Route all of a task's requests to the champion at once, then tell the registry."""
+        assert route.canary is not None, "who judges it has one"
+        version = route.canary.id.version
+        self._rejected[task] = version
+        self._beside_problems[task] = f"the canary, version {version}, was taken back: {reason}"
+        records: dict[Role, Record] = {"champion": Record(), "canary": Record()}
+        after = replace(route, canary=None, canary_share=0.0, records=records)
+        self._swap(task, route, after)
+        self._tell(task, version, reason)
+
+    def _tell(self, task: str, version: int, reason: str) -> None:
+        telling = asyncio.get_running_loop().create_task(self._tell_registry(task, version, reason))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    async def _tell_registry(self, task: str, version: int, reason: str) -> None:
+        try:
+            await self._in_loader(lambda: self._wishes.stop_canary(task, reason, expect=version))
+        except PTv2Error as error:
+            # it stays taken back here; a registry that may only be read is no fault
+            self._beside_problems[task] = f"the canary {version} was taken back here alone: {error}"
+
+    async def _in_loader(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def close(self) -> None:
+        """Stop telling and loading."""
+        for telling in list(self._telling):
+            telling.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _changes(task: str, before: Route | None, after: Route) -> list[str]:
+    """Say what a swap changed, a line each."""
+    lines = []
+    for role in ("champion", "canary", "shadow"):
+        old = getattr(before, role).id if before and getattr(before, role) else None
+        new = getattr(after, role).id if getattr(after, role) else None
+        if old != new:
+            was, now = (one.version if one else "none" for one in (old, new))
+            lines.append(f"{task}: {role} {was} -> {now}")
+    if before and before.canary_share != after.canary_share:
+        lines.append(f"{task}: canary share {before.canary_share:g} -> {after.canary_share:g}")
+    return lines
