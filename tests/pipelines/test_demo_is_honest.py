@@ -56,7 +56,7 @@ def encoded(name: str) -> tuple[TaskSpec, list[EncodedSplit]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the three together
 @pytest.mark.parametrize(
     ("name", "epochs", "wrong_at_most"),
     [("intents", 2, 0.5), ("entailment", 5, 0.7), ("slots", 4, 0.4)],
