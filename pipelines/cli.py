@@ -754,6 +754,59 @@ def predict(
     _console().print(answers_table(inputs, answers))
 
 
+@app.command("export", rich_help_panel=EVERYDAY)
+def export_prompt(
+    prompt: Annotated[Path, typer.Argument(help="A folder with a prompt.")],
+    peft: Annotated[Path, typer.Option(help="The folder to write, as PEFT reads it.")],
+    without_head: Annotated[
+        bool, typer.Option("--without-head", help="The prompt alone: PEFT gives hidden states.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="What PEFT shall call the backbone; default: as we do.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
+    ] = None,
+) -> None:
+    """Write a prompt as a PEFT adapter (prefix tuning) that gives the same logits."""
+    from pipelines import launch_interchange
+
+    _say_all(launch_interchange.export_to_peft(prompt, peft, without_head, base, backbone))
+
+
+@app.command("import", rich_help_panel=EVERYDAY)
+def import_prompt(
+    peft: Annotated[Path, typer.Option(help="A folder that PEFT saved: prefix tuning.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="The name of the task.")],
+    to: Annotated[Path, typer.Option(help="The folder to put the prompt in.")],
+    labels: Annotated[
+        str | None, typer.Option(help="Its labels in the head's order, with commas between them.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classification | regression | tagging | qa.")
+    ] = None,
+    pair: Annotated[bool, typer.Option("--pair", help="Its inputs are two texts.")] = False,
+    backbone: Annotated[
+        str | None, typer.Option(help="The backbone, if not the one that the adapter names.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The commit of a hub's backbone.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; default: 512, or what there is.")
+    ] = None,
+    without_head: Annotated[
+        bool, typer.Option("--without-head", help="The prompt alone, for train.init_from.")
+    ] = False,
+) -> None:
+    """Make a prompt of a PEFT adapter (prefix tuning)."""
+    from pipelines import launch_interchange
+
+    wanted = launch_interchange.Wanted(
+        task=task, kind=kind, labels=labels, has_pairs=pair, backbone=backbone, revision=revision,
+        max_length=max_length, with_head=not without_head,
+    )  # fmt: skip
+    _say_all(launch_interchange.import_from_peft(peft, to, wanted))
+
+
 def _task(workspace: Path, name: str) -> "tuple[TaskSettings, TaskPaths]":
     from pipelines.paths import TaskPaths
     from pipelines.settings import load_settings

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +25,10 @@ MAX_HEADER_BYTES = 2**20
 MAX_TENSORS = 16_384
 MAX_DIMENSIONS = 8
 
-_FLOAT_BYTES = 4
+# what a number takes in each format of safetensors that files here may be in
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+PLAIN_FLOATS = frozenset({"F32"})
+ALL_FLOATS = frozenset(_FLOAT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Header:
     """What the header of a safetensors file says, and is true of the file.
 
     Attributes:
-        shapes: Of each tensor, all of them F32.
+        shapes: Of each tensor.
         data_bytes: Of all tensors.
         size_bytes: Of the whole file.
     """
@@ -117,10 +120,14 @@ def parse_json(data: bytes, where: object, *, most_bytes: int = MAX_JSON_BYTES) 
     return value
 
 
-def read_header(weights: Path) -> Header:
+def read_header(weights: Path, formats: Collection[str] = PLAIN_FLOATS) -> Header:
     """Read the header of a safetensors file, and compare it with the file's size.
 
-    Nothing but the header is read: the tensors must be F32 and fill the file one after the other.
+    Nothing but the header is read: the tensors must fill the file one after the other.
+
+    Args:
+        weights: The file.
+        formats: Which its numbers may be in.
 
     Raises:
         ArtifactError: It is no such file.
@@ -144,8 +151,11 @@ def read_header(weights: Path) -> Header:
     for name, entry in entries.items():
         _check_entry(name, entry, weights)
     kinds = {entry["dtype"] for entry in entries.values()}
-    if kinds - {"F32"}:
-        raise ArtifactError(f"{weights}: expected F32 tensors, got {', '.join(sorted(kinds))}")
+    if not kinds <= set(formats):
+        raise ArtifactError(
+            f"{weights}: expected {' or '.join(sorted(formats, reverse=True))} tensors, got "
+            f"{', '.join(sorted(kinds))}"
+        )
     data_bytes = _check_places(entries, weights)
     if 8 + length + data_bytes != size_bytes:
         raise _no_tensors(
@@ -183,7 +193,8 @@ def _check_places(entries: Mapping[str, Any], weights: Path) -> int:
     """Check that tensors follow each other without gap or overlap; return where the last ends."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        wanted = [end, end + _FLOAT_BYTES * math.prod(entry["shape"])]
+        size = _FLOAT_BYTES[entry["dtype"]] * math.prod(entry["shape"])
+        wanted = [end, end + size]
         if entry["data_offsets"] != wanted:
             raise _no_tensors(
                 weights, f"expected {name!r} at bytes {wanted}, got {entry['data_offsets']}"

@@ -75,7 +75,8 @@ class Manifest:
         head: The head's settings; `reads` is resolved.
         backbone: Identity and measures of the backbone it was trained on.
         tokenizer_digest: Of the tokenizer it was trained with.
-        encoding: `max_length`, and for windows their `stride`.
+        encoding: `max_length`, for windows their `stride`, and `token_types` false where a second
+            text has the type of the first.
         decoding: Settings of an answer that dev chose, such as `null_threshold`.
         training: The settings used, and study and trial where a search chose them.
         provenance: Code, data and versions it came from.
@@ -209,6 +210,10 @@ def _check_bounds(raw: Mapping[str, Any], file: Path) -> None:
                 f"{file}: {key} must be a whole number above {low - 1}, at most {most:,}, got "
                 f"{value!r}"
             )
+    if not isinstance(encoding.get("token_types", True), bool):
+        raise ArtifactError(
+            f"{file}: encoding.token_types must be true or false, got {encoding['token_types']!r}"
+        )
     layers, most = raw["prompt"].get("layers"), _MEASURES["num_layers"]
     if is_whole(layers, most + 1):
         raise ArtifactError(

@@ -58,6 +58,17 @@ CORE_ARROWS = {
     "model": {"errors", "config", "files", "data.tasks"},
     "manifest": {"errors", "bounded", "config", "data.tasks"},
     "artifact": {"errors", "bounded", "config", "files", "manifest", "data.tasks", "model"},
+    "interchange": {
+        "errors",
+        "bounded",
+        "config",
+        "files",
+        "manifest",
+        "artifact",
+        "data",
+        "model",
+        "evaluation",
+    },
     "evaluation": {"errors", "config", "files", "parallel", "data", "model", "artifact"},
     "training": {"errors", "config", "files", "parallel", "data", "model", "evaluation"},
 }

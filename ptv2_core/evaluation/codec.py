@@ -4,7 +4,7 @@ Letters: T tokens, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Codec:
         max_length: int,
         stride: int = 0,
         decoding: Decoding | None = None,
+        token_types: bool = True,
     ) -> None:
         """Read and answer inputs of a task.
 
@@ -63,12 +64,15 @@ class Codec:
             max_length: Tokens of a row at most.
             stride: Tokens that two windows of a long context share.
             decoding: Settings of an answer that dev chose; None: none.
+            token_types: Whether tokens of a second text have a type of their own, as the tokenizer
+                gives it; else all have that of the first.
         """
         self.task = task
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._stride = stride
         self._decoding = decoding or {}
+        self._token_types = token_types
 
     def encode(self, inputs: Sequence[Mapping[str, Any]]) -> Asked:
         """Return inputs as rows.
@@ -84,6 +88,8 @@ class Codec:
             max_length=self.max_length,
             stride=self._stride,
         )
+        if not self._token_types:
+            split = replace(split, token_type_ids=np.zeros_like(split.token_type_ids))
         return Asked(examples=examples, split=split, is_cut=is_cut)
 
     def logits_by_input(self, asked: Asked, logits: Sequence[Tensor]) -> list[Tensor]:

@@ -42,6 +42,7 @@ class Predictor:
         stride: int = 0,
         decoding: Decoding | None = None,
         golden: Sequence[Mapping[str, Any]] = (),
+        token_types: bool = True,
     ) -> None:
         """Answer with slot 0 of a model.
 
@@ -53,6 +54,7 @@ class Predictor:
             stride: Tokens that two windows of a long context share.
             decoding: Settings of an answer that dev chose; None: none.
             golden: Inputs with their logits, for `verify_golden`.
+            token_types: As for `Codec`.
         """
         self.model = model
         self.task = task
@@ -64,6 +66,7 @@ class Predictor:
             max_length=min(max_length, room),
             stride=stride,
             decoding=decoding,
+            token_types=token_types,
         )
         self._golden = golden
 
@@ -142,6 +145,7 @@ class Predictor:
             stride=manifest.encoding.get("stride", 0),
             decoding=manifest.decoding,
             golden=manifest.golden,
+            token_types=manifest.encoding.get("token_types", True),
         )
 
     def logits(self, inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -99,6 +99,7 @@ def test_artifact_without_a_file_is_refused(artifact: Path, missing: str) -> Non
         (lambda m: m.pop("golden"), "golden must be a list, got NoneType"),
         (lambda m: m["backbone"].pop("digest"), "backbone lacks digest"),
         (lambda m: m["backbone"].update(num_layers="3"), "backbone.num_layers must be a whole"),
+        (lambda m: m["encoding"].update(token_types="no"), "token_types must be true or false"),
         (lambda m: m["encoding"].clear(), "encoding.max_length must be a whole number"),
         (lambda m: m["golden"][0].pop("logits"), "golden input 1 must have an input and its"),
         (lambda m: m["task"].update(labels=["one"]), "task.labels"),

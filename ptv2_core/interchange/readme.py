@@ -1,0 +1,75 @@
+"""The README of an exported prompt: how PEFT loads it."""
+
+import json
+from collections.abc import Mapping
+
+from ptv2_core.interchange.folder import AdapterConfig
+from ptv2_core.interchange.heads import TaskType
+from ptv2_core.manifest import Manifest
+
+AUTO_MODELS: Mapping[TaskType, str] = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+# through token embeddings, which PEFT does hand on
+_WITH_TYPES = """
+def embedded(input_ids, token_type_ids):
+    layer = backbone.base_model.embeddings
+    types = layer.token_type_embeddings.weight
+    return layer.word_embeddings(input_ids) + types[token_type_ids] - types[0]
+
+# model(inputs_embeds=embedded(input_ids, token_type_ids), attention_mask=attention_mask)
+"""
+
+
+def readme(
+    manifest: Manifest, config: AdapterConfig, notes: tuple[str, ...], *, drops_types: bool
+) -> str:
+    """Return the text, Markdown with the front matter of a model hub.
+
+    Args:
+        manifest: Of the prompt.
+        config: What was written for PEFT.
+        notes: Sentences to add.
+        drops_types: Whether PEFT drops token types that the prompt was trained with.
+    """
+    task, auto = manifest.task, AUTO_MODELS[config.task_type]
+    arguments = [json.dumps(config.base_model)]
+    if config.revision is not None:
+        arguments.append(f"revision={json.dumps(config.revision)}")
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        if task.labels:
+            names = [json.dumps(label, ensure_ascii=False) for label in task.labels]
+            written = ", ".join(f"{place}: {name}" for place, name in enumerate(names))
+            arguments.append(f"id2label={{{written}}}")
+        else:
+            arguments.append("num_labels=1")
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {json.dumps(config.base_model)}",
+        "---",
+        "",
+        f"# {task.name}",
+        "",
+        f"A prompt of {config.prompt_length} positions in each of {config.num_layers} layers, "
+        f"written by ptv2 from {manifest.sha256[:12]} (sha256 of prompt.safetensors).",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f"backbone = {auto}.from_pretrained({', '.join(arguments)})",
+        'model = PeftModel.from_pretrained(backbone, "THIS FOLDER").eval()',
+        *(_WITH_TYPES.splitlines() if drops_types else ()),
+        "```",
+        "",
+        f"- The backbone's weights have the digest {manifest.backbone['digest']}.",
+        f"- Rows have at most {manifest.encoding['max_length']} tokens, padded on the right.",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
