@@ -160,6 +160,18 @@ class Layers(Protocol):
         ...
 
 
+class NeverTrims:
+    """For architectures whose last layer always computes all tokens."""
+
+    trims_last_layer = False
+
+    def first_token_layer(
+        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
+    ) -> Tensor:
+        """Is never called."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
     """States that were computed before: what the layers below the first prompt give.

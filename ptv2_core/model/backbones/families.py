@@ -14,12 +14,20 @@ from torch import nn
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import ATTENTION_NAME
+from ptv2_core.model.backbones.albert import Albert
 from ptv2_core.model.backbones.base import Layers, PooledReading
+from ptv2_core.model.backbones.deberta import deberta, deberta_v2
+from ptv2_core.model.backbones.decoders import Gpt2, Opt
+from ptv2_core.model.backbones.distilbert import DistilBert
 from ptv2_core.model.backbones.interface import BertFamily
+from ptv2_core.model.backbones.mpnet import MPNet
+from ptv2_core.model.backbones.rotary import ModernBert, rotary_decoder, rotary_encoder
 from ptv2_core.model.prompts import PromptShape
 
 # the oldest and the newest Transformers that the tests were run against
 TESTED_VERSIONS = ("5.17", "5.23")
+# of architectures that do not ask Transformers' interface for their attention
+OWN_ATTENTION = "eager"
 
 
 def _from_zero(config: Any) -> int:
@@ -28,6 +36,11 @@ def _from_zero(config: Any) -> int:
 
 def _after_padding(config: Any) -> int:
     return int(config.pad_token_id) + 1
+
+
+def _of_mpnet(config: Any) -> int:
+    # whatever its configuration names for padding
+    return 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +105,79 @@ FAMILIES = (
         model_types=("electra",),
         make_layers=BertFamily,
         note="the discriminator",
+    ),
+    Family(
+        name="ALBERT",
+        model_types=("albert",),
+        make_layers=Albert,
+        note="shared weights: a prompt for each application of a layer",
+        has_pooler=True,
+    ),
+    Family(
+        name="DistilBERT",
+        model_types=("distilbert",),
+        make_layers=DistilBert,
+        note="no token types",
+    ),
+    Family(
+        name="MPNet",
+        model_types=("mpnet",),
+        make_layers=MPNet,
+        note="relative bias between tokens; prompts get none",
+        first_position=_of_mpnet,
+        attention=OWN_ATTENTION,
+        has_pooler=True,
+        has_verbalizer=True,
+    ),
+    Family(
+        name="ModernBERT",
+        model_types=("modernbert",),
+        make_layers=ModernBert,
+        note="rotary, local layers; prompts have no place and are always seen",
+        has_position_table=False,
+    ),
+    Family(
+        name="EuroBERT",
+        model_types=("eurobert",),
+        make_layers=rotary_encoder,
+        note="rotary, grouped queries; prompts have no place and key heads only",
+        has_position_table=False,
+    ),
+    Family(
+        name="DeBERTa",
+        model_types=("deberta",),
+        make_layers=deberta,
+        note="prompts take part in the term of contents, not in those of places",
+        attention=OWN_ATTENTION,
+    ),
+    Family(
+        name="DeBERTa-v2/v3",
+        model_types=("deberta-v2",),
+        make_layers=deberta_v2,
+        note="prompts take part in the term of contents, not in those of places",
+        attention=OWN_ATTENTION,
+    ),
+    Family(
+        name="GPT-2",
+        model_types=("gpt2",),
+        make_layers=Gpt2,
+        note="decoder: a token sees the prompt and the tokens before it",
+        is_causal=True,
+    ),
+    Family(
+        name="OPT",
+        model_types=("opt",),
+        make_layers=Opt,
+        note="decoder: a token sees the prompt and the tokens before it",
+        is_causal=True,
+    ),
+    Family(
+        name="Llama, Qwen3, GLM-4",
+        model_types=("llama", "qwen3", "glm", "glm4"),
+        make_layers=rotary_decoder,
+        note="decoder, rotary, grouped queries; prompts have no place and key heads only",
+        is_causal=True,
+        has_position_table=False,
     ),
 )
 
