@@ -15,6 +15,7 @@ from ptv2_core.config import AnsweringPrecision, Device, Precision
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import register_attention
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
+from ptv2_core.model.backbones.checking import check, explained
 from ptv2_core.model.backbones.families import Family, family_of, prompt_shape
 from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
@@ -105,7 +106,8 @@ def load_backbone(
         language_model: Whether a head will read the mask token.
 
     Raises:
-        BackboneError: It is not there, unsupported, damaged or not the expected one.
+        BackboneError: It is not there, unsupported, damaged or not the expected one, or deep
+            prompts do not work in it under this Transformers.
     """
     location = locate(name, revision)
     config, family = _config(location)
@@ -152,14 +154,17 @@ def load_backbone(
     words = None
     if language_model:
         words = load_language_model(location, config, family, dtype, chosen)
-    return Backbone(
-        model,
-        spec,
-        family.make_layers,
-        first_position=family.first_position(config),
-        language_model=words,
-        product_dtype=products if tunable and products != dtype else None,
-    )
+    with explained(location.name, config.model_type):
+        backbone = Backbone(
+            model,
+            spec,
+            family.make_layers,
+            first_position=family.first_position(config),
+            language_model=words,
+            product_dtype=products if tunable and products != dtype else None,
+        )
+        check(backbone)
+    return backbone
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
