@@ -195,9 +195,7 @@ def _limited_mask(
         hidden = hidden | (mask == float("-inf"))
         # padding far from all real tokens would see nothing, and its softmax be no number
         hidden &= ~nn.functional.pad(distance == 0, (prompt_length, 0))
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
-        hidden, float("-inf")
-    )
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -157,13 +157,13 @@ def _asked(layer: Captured, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         keys = layer.key[row][:, real].double().cpu()  # [N, T, D]
         stride = -(-keys.shape[1] // MAX_QUERIES)
         asked = layer.query[row][:, real][:, ::stride].double().cpu()
-        asked = asked.unflatten(0, (-1, groups))  # [N, G, Q, D]
+        asked = asked.view(-1, groups, *asked.shape[1:])  # [N, G, Q, D]
         scores = asked @ keys[:, None].transpose(-1, -2) * layer.scaling  # [N, G, Q, T]
         if layer.bias is not None:
             bias = layer.bias.expand(rows, -1, -1, -1)[row]  # [G * N or 1, T or 1, T]
             bias = bias.expand(-1, len(real), -1)[:, real][:, ::stride][..., real]
             bias = bias.double().cpu()
-            scores = scores + (bias if len(bias) == 1 else bias.unflatten(0, (-1, groups)))
+            scores = scores + (bias if len(bias) == 1 else bias.view_as(scores))
         queries.append(asked.permute(2, 1, 0, 3))
         sums.append(scores.logsumexp(-1).permute(2, 1, 0))
     return torch.cat(queries), torch.cat(sums)

@@ -75,8 +75,8 @@ def resolve_head(head: HeadConfig, backbone: Backbone) -> HeadConfig:
         )
     if reads == "cls" and backbone.spec.is_causal:
         raise ConfigError(
-            f"train.head.reads: {backbone.spec.name} is a decoder, whose first token sees no other; "
-            "expected auto, last or mean"
+            f"train.head.reads: {backbone.spec.name} is a decoder, whose first token sees no "
+            "other; expected auto, last or mean"
         )
     return replace(head, reads=reads)
 

@@ -89,8 +89,8 @@ def norm(states: Tensor, layer: Any) -> Tensor:
     """Return states of mean 0 and variance 1, scaled and moved."""
     epsilon = getattr(layer, "eps", None) or layer.variance_epsilon
     centred = states - states.mean(dim=-1, keepdim=True)
-    scaled = centred / torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + epsilon)
-    scaled = scaled * layer.weight
+    size = torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + epsilon)
+    scaled: Tensor = centred / size * layer.weight
     return scaled if layer.bias is None else scaled + layer.bias
 
 
@@ -136,7 +136,11 @@ def turn(states: Tensor, places: Tensor, base: float, size: int, *, adjacent: bo
     angles = places[:, None] * base ** (-2.0 * torch.arange(half) / size)  # [T, half]
     turning = torch.polar(torch.ones_like(angles), angles)[:, None]
     turned = states[..., :size]
-    pairs = turned.unflatten(-1, (half, 2)) if adjacent else turned.unflatten(-1, (2, half)).mT
+    pairs = (
+        turned.reshape(*turned.shape[:-1], half, 2)
+        if adjacent
+        else turned.reshape(*turned.shape[:-1], 2, half).mT
+    )
     after = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turning)
     flat = after.flatten(-2) if adjacent else after.mT.flatten(-2)
     return torch.cat([flat, states[..., size:]], dim=-1)
@@ -157,7 +161,9 @@ def _albert(model: Any, tokens: Tensor, places: Tensor, prompts: Prompts) -> Ten
         group = index * config.num_hidden_groups // config.num_hidden_layers
         for layer in model.encoder.albert_layer_groups[group].albert_layers:
             own = layer.attention
-            query, key, value = (split(linear(hidden, p), heads) for p in (own.query, own.key, own.value))
+            query, key, value = (
+                split(linear(hidden, p), heads) for p in (own.query, own.key, own.value)
+            )
             context = attend(query, key, value, left.pop(0), query.shape[-1] ** -0.5)
             hidden = norm(linear(context, own.dense) + hidden, own.LayerNorm)
             inner = linear(gelu_by_tanh(linear(hidden, layer.ffn)), layer.ffn_output)
@@ -171,7 +177,9 @@ def _distilbert(model: Any, tokens: Tensor, places: Tensor, prompts: Prompts) ->
     hidden = norm(hidden, parts.LayerNorm)
     for layer, prompt in zip(model.transformer.layer, prompts, strict=True):
         own = layer.attention
-        query, key, value = (split(linear(hidden, p), heads) for p in (own.q_lin, own.k_lin, own.v_lin))
+        query, key, value = (
+            split(linear(hidden, p), heads) for p in (own.q_lin, own.k_lin, own.v_lin)
+        )
         context = attend(query, key, value, prompt, query.shape[-1] ** -0.5)
         hidden = norm(linear(context, own.out_lin) + hidden, layer.sa_layer_norm)
         inner = linear(gelu(linear(hidden, layer.ffn.lin1)), layer.ffn.lin2)
@@ -257,7 +265,10 @@ def _deberta(model: Any, tokens: Tensor, places: Tensor, prompts: Prompts) -> Te
         if is_first:
             both = linear(hidden, own.in_proj).reshape(len(hidden), heads, 3, -1)
             query, key, value = both.unbind(2)
-            query, value = query + split(own.q_bias[None], heads), value + split(own.v_bias[None], heads)
+            query, value = (
+                query + split(own.q_bias[None], heads),
+                value + split(own.v_bias[None], heads),
+            )
             of_key, of_query = linear(relative, own.pos_proj), linear(relative, own.pos_q_proj)
         else:
             query, key, value = (
@@ -327,7 +338,9 @@ def _opt(model: Any, tokens: Tensor, places: Tensor, prompts: Prompts) -> Tensor
     for layer, prompt in zip(decoder.layers, prompts, strict=True):
         own, around = layer.self_attn, layer.self_attn_layer_norm
         states = norm(hidden, around) if before else hidden
-        query, key, value = (split(linear(states, p), heads) for p in (own.q_proj, own.k_proj, own.v_proj))
+        query, key, value = (
+            split(linear(states, p), heads) for p in (own.q_proj, own.k_proj, own.v_proj)
+        )
         context = attend(query, key, value, prompt, query.shape[-1] ** -0.5, causal())
         hidden = hidden + linear(context, own.out_proj)
         hidden = hidden if before else norm(hidden, around)

@@ -7,7 +7,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size, E width of embeddings
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch
 from ptv2_core.model.backbones.base import NeverTrims, Shared
@@ -17,9 +17,9 @@ from ptv2_core.model.backbones.words import after_inputs, types_after_inputs
 class Albert(NeverTrims):
     """How a frozen ALBERT is run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         config = self._model.config
         self._layers = [
             layer

@@ -107,16 +107,17 @@ class Encoded:
 
 
 class Layers(Protocol):
-    """How the layers of one architecture are run; a small file each.
+    """How the layers of one architecture are run; a small file each."""
 
-    Attributes:
-        sights: Which tokens a token sees, for each layer.
-        trims_last_layer: Whether `first_token_layer` computes less than `layer`; it is not called
-            where it does not.
-    """
+    @property
+    def sights(self) -> Sequence[Sight]:
+        """Which tokens a token sees, for each layer."""
+        ...
 
-    sights: Sequence[Sight]
-    trims_last_layer: bool
+    @property
+    def trims_last_layer(self) -> bool:
+        """Whether there is a `first_token_layer`; where there is none, it is not called."""
+        ...
 
     def embed(
         self,
@@ -434,9 +435,7 @@ class Backbone(nn.Module):
             hidden = self._layers.layer(index, hidden, bare, shared)
         return Trunk(hidden=hidden, num_layers=num_layers)
 
-    def _positions(
-        self, input_ids: Tensor, shifts: Tensor, inputs: Tensor | None = None
-    ) -> Tensor:
+    def _positions(self, input_ids: Tensor, shifts: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Return the positions of tokens `[B or 1, T]`, or `[B or 1, P + T]` with `inputs`."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = places[None, :] + shifts[:, None]  # [B or 1, T]

@@ -69,10 +69,10 @@ def check(backbone: Backbone) -> None:
         problem = f"expected attention of {len(layers)} layers in turn, got {len(captured)} calls"
     elif not _difference(prompted, bare) > LEAST_CHANGE:
         problem = "a prompt changes nothing"
-    elif not _difference(empty, bare) < tolerance:
-        problem = "the prompt of one row changes another row"
     elif not _difference(*_attention(captured[0], layers[0])) < tolerance:
         problem = "attention is not the softmax over prompt and tokens"
+    elif not _difference(empty, bare) < tolerance:
+        problem = "the prompt of one row changes another row"
     else:
         own = _own_states(backbone, ids[:1], mask[:1])
         if own.shape == bare.shape and not _difference(bare, own) < tolerance:
@@ -106,9 +106,7 @@ def _prompt(backbone: Backbone, seed: int) -> LayerPrompt:
     shape = backbone.spec.shape
     generator = torch.Generator().manual_seed(seed)
     size = (2, 2, shape.num_heads, LENGTH, shape.head_size)
-    keys, values = torch.randn(size, generator=generator).to(
-        backbone.device, backbone.states_dtype
-    )
+    keys, values = torch.randn(size, generator=generator).to(backbone.device, backbone.states_dtype)
     sees = torch.tensor([[True] * LENGTH, [False] * LENGTH], device=backbone.device)
     return LayerPrompt(keys=keys, values=values, mask=sees)
 

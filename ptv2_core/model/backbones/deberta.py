@@ -9,7 +9,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size, N heads, D head size.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
@@ -20,7 +20,7 @@ from ptv2_core.model.backbones.words import after_inputs, types_after_inputs
 class Deberta(NeverTrims):
     """How a frozen DeBERTa of either version is run."""
 
-    def __init__(self, model: nn.Module, *, is_first: bool) -> None:
+    def __init__(self, model: Any, *, is_first: bool) -> None:
         """Run `model`.
 
         Args:
@@ -31,7 +31,7 @@ class Deberta(NeverTrims):
         Raises:
             BackboneError: Its heads are mixed before the softmax.
         """
-        self._model: Any = model
+        self._model = model
         self._encoder = self._model.encoder
         self._layers = self._encoder.layer
         self._is_first = is_first
@@ -118,11 +118,10 @@ class Deberta(NeverTrims):
                 query * scaling, key, shared["places"], embeddings, terms
             )
             return scores
-        flat = own.disentangled_attention_bias(
+        flat: Tensor = own.disentangled_attention_bias(
             query.flatten(0, 1), key.flatten(0, 1), shared["places"], embeddings, terms
         )
-        scores = flat.view(*query.shape[:-1], -1)  # [B * N, T, T] -> [B, N, T, T]
-        return scores
+        return flat.view(*query.shape[:-1], -1)  # [B * N, T, T] -> [B, N, T, T]
 
     def word_embeddings(self, input_ids: Tensor) -> Tensor:
         """Return the frozen embeddings of tokens, as wide as the words."""
@@ -134,11 +133,11 @@ class Deberta(NeverTrims):
         return None
 
 
-def deberta(model: nn.Module) -> Deberta:
+def deberta(model: Any) -> Deberta:
     """Run a DeBERTa of the first version."""
     return Deberta(model, is_first=True)
 
 
-def deberta_v2(model: nn.Module) -> Deberta:
+def deberta_v2(model: Any) -> Deberta:
     """Run a DeBERTa of the second or third version."""
     return Deberta(model, is_first=False)

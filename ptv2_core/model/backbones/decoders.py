@@ -7,7 +7,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import PromptBatch, Sight
 from ptv2_core.model.backbones.base import NeverTrims, Shared
@@ -17,9 +17,9 @@ from ptv2_core.model.backbones.words import after_inputs
 class Gpt2(NeverTrims):
     """How a frozen GPT-2 is run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         self._layers = self._model.h
         self.sights = [Sight(is_causal=True)] * len(self._layers)
 
@@ -64,9 +64,9 @@ class Opt(NeverTrims):
     of the layers' width, before the second projection.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._decoder: Any = model.decoder
+        self._decoder = model.decoder
         self._layers = self._decoder.layers
         self.sights = [Sight(is_causal=True)] * len(self._layers)
 

@@ -5,7 +5,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch
 from ptv2_core.model.backbones.base import NeverTrims, Shared
@@ -15,9 +15,9 @@ from ptv2_core.model.backbones.words import after_inputs
 class DistilBert(NeverTrims):
     """How a frozen DistilBERT is run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         self._layers = self._model.transformer.layer
         self.sights = [EVERYTHING] * len(self._layers)
 

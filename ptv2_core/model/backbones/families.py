@@ -149,6 +149,7 @@ FAMILIES = (
         make_layers=deberta,
         note="prompts take part in the term of contents, not in those of places",
         attention=OWN_ATTENTION,
+        has_position_table=False,
     ),
     Family(
         name="DeBERTa-v2/v3",
@@ -156,6 +157,7 @@ FAMILIES = (
         make_layers=deberta_v2,
         note="prompts take part in the term of contents, not in those of places",
         attention=OWN_ATTENTION,
+        has_position_table=False,
     ),
     Family(
         name="GPT-2",

@@ -9,19 +9,20 @@ Letters: B rows, T tokens, H hidden size, N heads, D head size.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
 from ptv2_core.model.backbones.base import Shared
+
 
 class BertFamily:
     """How the frozen model of the BERT family is run."""
 
     trims_last_layer = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         self.sights = [EVERYTHING] * len(self._model.encoder.layer)
 
     def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:

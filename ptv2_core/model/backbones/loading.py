@@ -240,6 +240,8 @@ def _load_model(
             f"backbone.name: the weights in {location.folder} lack {missing}; expected a complete "
             f"{family.name} model."
         )
+    # DeBERTa's biases stay in fp32 otherwise, and its own products then mix two formats
+    _cast(model, dtype)
     return model  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size, N heads, D head size.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
 from ptv2_core.model.backbones.base import NeverTrims, Shared
@@ -18,9 +18,9 @@ from ptv2_core.model.backbones.words import after_inputs
 class MPNet(NeverTrims):
     """How a frozen MPNet is run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`."""
-        self._model: Any = model
+        self._model = model
         self._layers = self._model.encoder.layer
         self.sights = [EVERYTHING] * len(self._layers)
 

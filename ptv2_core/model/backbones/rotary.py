@@ -9,7 +9,7 @@ Letters: B rows, T tokens, P prompt length, H hidden size.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptv2_core.model.attention import PromptBatch, Sight
 from ptv2_core.model.backbones.base import NeverTrims, Shared
@@ -21,15 +21,17 @@ SLIDING = "sliding_attention"
 class Rotary(NeverTrims):
     """How a frozen model with one rotary table is run: EuroBERT and decoders."""
 
-    def __init__(self, model: nn.Module, *, is_causal: bool) -> None:
+    def __init__(self, model: Any, *, is_causal: bool) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         self._layers = self._model.layers
         config = self._model.config
         kinds = getattr(config, "layer_types", None) or [""] * len(self._layers)
         # a window counts the token itself
         self.sights = [
-            Sight(is_causal=is_causal, window=config.sliding_window - 1 if kind == SLIDING else None)
+            Sight(
+                is_causal=is_causal, window=config.sliding_window - 1 if kind == SLIDING else None
+            )
             for kind in kinds
         ]
 
@@ -64,12 +66,12 @@ class Rotary(NeverTrims):
         return None
 
 
-def rotary_encoder(model: nn.Module) -> Rotary:
+def rotary_encoder(model: Any) -> Rotary:
     """Run a model in which tokens see all others."""
     return Rotary(model, is_causal=False)
 
 
-def rotary_decoder(model: nn.Module) -> Rotary:
+def rotary_decoder(model: Any) -> Rotary:
     """Run a model in which tokens see those before them."""
     return Rotary(model, is_causal=True)
 
@@ -77,15 +79,14 @@ def rotary_decoder(model: nn.Module) -> Rotary:
 class ModernBert(NeverTrims):
     """How a frozen ModernBERT is run: global and local layers, each with their own table."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
         self._layers = self._model.layers
         config = self._model.config
         self._kinds = list(config.layer_types)
         self.sights = [
-            Sight(window=config.sliding_window if kind == SLIDING else None)
-            for kind in self._kinds
+            Sight(window=config.sliding_window if kind == SLIDING else None) for kind in self._kinds
         ]
 
     def embed(
