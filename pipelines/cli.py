@@ -429,6 +429,21 @@ def doctor(
 
 
 @app.command(rich_help_panel=EVERYDAY)
+def backbones(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the families of backbones that take deep prompts, and what each supports."""
+    from pipelines import launch_backbones
+
+    if as_json:
+        typer.echo(json.dumps({"families": launch_backbones.rows()}, indent=2))
+    else:
+        _console().print(launch_backbones.table())
+        for sentence in launch_backbones.sentences():
+            _say(sentence)
+
+
+@app.command(rich_help_panel=EVERYDAY)
 def report(workspace: Workspace = Path()) -> None:
     """Print the table of results."""
     from pipelines import report as results

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 Reparameterization = Literal["embedding", "mlp"]
 PromptStart = Literal["normal", "backbone"]
-Reads = Literal["auto", "cls", "pooler", "mean", "mask"]
+Reads = Literal["auto", "cls", "pooler", "mean", "last", "mask"]
 HeadType = Literal["linear", "verbalizer"]
 LabelWords = Mapping[str, str]
 Method = Literal["ptv2", "prompt_tuning", "finetune", "probe"]
@@ -118,8 +118,8 @@ class HeadConfig:
     """The head on top of the backbone.
 
     Attributes:
-        reads: What a head for whole texts reads. `auto` takes what the backbone's files say, or
-            the mask token for a verbalizer.
+        reads: What a head for whole texts reads. `auto` takes what the backbone's files say (the
+            last token of a decoder), or the mask token for a verbalizer.
         dropout: Dropout before the linear layer.
         type: `linear` starts at random; `verbalizer` starts from the rows that the backbone's
             language model has for one word a label, and reads the mask token of the template

@@ -123,7 +123,7 @@ def tiny_backbone(folder: Path, model_type: str = "bert", *, seed: int = 0) -> P
         torch.manual_seed(seed)
         model = model_class(config_class(**SIZES, **extra, pad_token_id=0))
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -138,11 +138,12 @@ def tiny_language_model(folder: Path, model_type: str = "bert") -> Path:
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
+    """Save a WordPiece tokenizer of a few words."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     special = {"type_id": 0}
     tokenizer = {

@@ -121,6 +121,8 @@ def _read_tokens(batch: Batch, head: LinearHead) -> Tensor:
     places = torch.arange(batch.token_mask.shape[1], device=batch.token_mask.device)
     if reads_first_token(head.reads):
         return (places == 0).expand_as(batch.token_mask)
+    if head.reads == "last":
+        return places == batch.token_mask.sum(dim=1, keepdim=True) - 1
     if head.reads == "mask" and batch.read_at is not None:
         return places == batch.read_at[:, None]
     return batch.token_mask
@@ -168,14 +170,24 @@ class _Sums:
 def _prompt_shares(captured: Captured, keys: Tensor, token_mask: Tensor) -> Tensor:
     """Return `[B, N, T]`: the share of each query's attention that goes to the prompt.
 
+    Heads of queries that ask the same keys are one, with the mean of their shares.
+
     Args:
         captured: Queries and keys of the tokens.
         keys: `[N, P, D]`, of the prompt.
         token_mask: `[B, T]`, true at real tokens.
     """
     query = captured.query.float() * captured.scaling
-    by_prompt = query @ keys.float().transpose(1, 2)  # [B, N, T, P]
-    by_tokens = query @ captured.key.float().transpose(2, 3)  # [B, N, T, T]
+    group = query.shape[1] // len(keys)
+    own, of_prompt = (
+        states.float().repeat_interleave(group, dim=-3) for states in (captured.key, keys)
+    )
+    by_prompt = query @ of_prompt.transpose(1, 2)  # [B, G * N, T, P]
+    by_tokens = query @ own.transpose(2, 3)  # [B, G * N, T, T]
+    if captured.bias is not None:
+        by_tokens = by_tokens + captured.bias.float()
     by_tokens = by_tokens.masked_fill(~token_mask[:, None, None, :], float("-inf"))
     # the softmax over prompt and tokens, summed over the prompt
-    return torch.sigmoid(by_prompt.logsumexp(dim=-1) - by_tokens.logsumexp(dim=-1))
+    shares = torch.sigmoid(by_prompt.logsumexp(dim=-1) - by_tokens.logsumexp(dim=-1))
+    rows, _, tokens = shares.shape
+    return shares.view(rows, -1, group, tokens).mean(dim=2)  # [B, G * N, T] -> [B, N, T]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,8 +72,8 @@ def export_peft(
     spec = backbone.spec
     if spec.model_type not in CLASSIFIERS:
         raise ArtifactError(
-            f"{source}: PEFT's prefix tuning does not run on {spec.model_type}; expected a "
-            f"backbone of type {', '.join(CLASSIFIERS)}"
+            f"{source}: expected a backbone of type {', '.join(CLASSIFIERS)}, whose answers were "
+            f"compared with PEFT's, got {spec.model_type}"
         )
     predictor.verify_golden()
     weights = load_weights(source, manifest)
@@ -215,7 +214,7 @@ def _drops_types(manifest: Manifest, config: folder.AdapterConfig, predictor: Pr
     return bool(inputs) and bool(predictor.codec.encode(inputs).split.token_type_ids.any())
 
 
-def _reads(manifest: Manifest) -> Literal["cls", "pooler", "mean", "mask"]:
+def _reads(manifest: Manifest) -> heads.Reads:
     # a manifest of tokens may leave it open
     return "cls" if manifest.head.reads == "auto" else manifest.head.reads
 

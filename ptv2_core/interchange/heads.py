@@ -14,7 +14,7 @@ from ptv2_core.errors import ArtifactError
 from ptv2_core.model.backbones.task_models import CLASSIFIERS, Classifier
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-Reads = Literal["cls", "pooler", "mean", "mask"]
+Reads = Literal["cls", "pooler", "mean", "last", "mask"]
 Tensors = Mapping[str, Tensor]
 Pooler = tuple[Tensor, Tensor]
 

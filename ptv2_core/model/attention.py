@@ -1,14 +1,14 @@
 """Attention over prompts and tokens, behind Transformers' attention interface.
 
-Letters: B rows, T tokens, P prompt length, L layers, N key/value heads, D head size,
-S = P + T keys.
+Letters: B rows, T tokens, P prompt length, L layers, N key/value heads, G query heads for each of
+them, D head size, S = P + T keys.
 
 The prompts of a batch travel as one keyword argument of the backbone's forward and arrive here
 with every layer's call, so nothing is kept on a module between two calls.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ class Captured:
 
     Attributes:
         layer: Which; 0 is the lowest.
-        query: `[B, N, T, D]`.
+        query: `[B, G * N, T, D]`; query head h asks key head `h // G`.
         key: `[B, N, T, D]`.
         value: `[B, N, T, D]`.
         scaling: The layer's factor on the scores.
+        bias: Added to the scores of tokens, `[B or 1, N or 1, T or 1, T]`: minus infinity where one
+            is not seen, and what an architecture adds for places; None: nothing.
+        context: `[B, T, G * N, D]`, what attention gave; None where nobody asked.
     """
 
     layer: int
@@ -37,6 +40,41 @@ class Captured:
     key: Tensor
     value: Tensor
     scaling: float
+    bias: Tensor | None = None
+    context: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """Which tokens a token sees in one layer. A deep prompt is always seen.
+
+    Attributes:
+        is_causal: None that stands after it.
+        window: None that is further away; None: however far.
+    """
+
+    is_causal: bool = False
+    window: int | None = None
+
+
+EVERYTHING = Sight()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBatch:
+    """What one layer's attention is told of a batch's prompts.
+
+    Attributes:
+        layer: Which; 0 is the lowest. Where layers share weights, no module knows.
+        prompt: Its keys and values; None where no row has a prompt.
+        mask: `[B, 1, 1, S]` or `[B or 1, 1, T, S]`, as in `PromptBatch`.
+        captured: As in `PromptBatch`.
+    """
+
+    layer: int
+    prompt: LayerPrompt | None
+    mask: Tensor | None
+    captured: list[Captured] | None = field(default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +83,8 @@ class PromptBatch:
 
     Attributes:
         layers: Each layer's keys and values; None where no row has a prompt.
-        masks: For each layer `[B, 1, 1, S]`, 0 where a key is seen and minus infinity where not;
-            None: all are seen.
+        masks: For each layer `[B, 1, 1, S]`, or `[B or 1, 1, T, S]` where tokens see different
+            tokens: 0 where a key is seen and minus infinity where not; None: all are seen.
         captured: Where given, every layer appends to it what it computed of its own tokens.
     """
 
@@ -81,6 +119,40 @@ class PromptBatch:
             masks.append(made[alike])
         return cls(layers=layers, masks=masks, captured=captured)
 
+    def at(self, layer: int) -> LayerBatch:
+        """Return what one layer is told; 0 is the lowest."""
+        return LayerBatch(
+            layer=layer,
+            prompt=self.layers[layer],
+            mask=self.masks[layer],
+            captured=self.captured,
+        )
+
+    def limited(
+        self, sights: Sequence[Sight], num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> "PromptBatch":
+        """Return the same with masks that let tokens see what each layer lets them see.
+
+        Args:
+            sights: One for each layer.
+            num_tokens: T.
+            dtype: Of the states.
+            device: Where they are.
+        """
+        if all(sight == EVERYTHING for sight in sights):
+            return self
+        made: dict[tuple[int, int, Sight], Tensor | None] = {}
+        masks = []
+        for layer, mask, sight in zip(self.layers, self.masks, sights, strict=True):
+            length = 0 if layer is None else layer.keys.shape[2]
+            alike = (length, id(mask), sight)
+            if alike not in made:
+                made[alike] = mask
+                if sight != EVERYTHING:
+                    made[alike] = _limited_mask(mask, sight, length, num_tokens, dtype, device)
+            masks.append(made[alike])
+        return replace(self, masks=masks)
+
 
 def additive_mask(
     token_mask: Tensor, prompt_mask: Tensor | None, prompt_length: int, dtype: torch.dtype
@@ -100,6 +172,30 @@ def additive_mask(
     seen = torch.cat([prompt_mask, token_mask], dim=1)  # [B, S]
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~seen, float("-inf"))[:, None, None, :]
+
+
+def _limited_mask(
+    mask: Tensor | None,
+    sight: Sight,
+    prompt_length: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return the mask `[B or 1, 1, T, S]` of a layer in which tokens see different tokens."""
+    places = torch.arange(num_tokens, device=device)
+    distance = places[:, None] - places[None, :]  # [T, T]: query less key
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if sight.is_causal:
+        hidden |= distance < 0
+    if sight.window is not None:
+        hidden |= distance.abs() > sight.window
+    hidden = nn.functional.pad(hidden, (prompt_length, 0))[None, None]  # [1, 1, T, S]
+    if mask is not None:
+        hidden = hidden | (mask == float("-inf"))
+        # padding far from all real tokens would see nothing, and its softmax be no number
+        hidden &= ~nn.functional.pad(distance == 0, (prompt_length, 0))
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -152,46 +248,64 @@ def prompted_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    prompts: PromptBatch,
+    prompts: LayerBatch,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend `[B, N, T, D]` queries over the row's prompt and tokens; returns `[B, T, N, D]`.
+    """Attend over the row's prompt and tokens; returns `[B, T, G * N, D]`.
 
     Args:
-        module: The layer's attention module; its `layer_idx` picks the layer's prompts.
-        query: `[B, N, T, D]`.
+        module: The layer's attention module; nothing is read from it.
+        query: `[B, G * N, T, D]`, in groups of G heads that ask the same keys.
         key: `[B, N, T, D]`.
         value: `[B, N, T, D]`.
-        attention_mask: Always None; the mask over prompt and tokens is in `prompts`.
+        attention_mask: What an architecture adds to the scores of tokens, `[B or 1, G * N, T, T]`;
+            mostly None: the mask over prompt and tokens is in `prompts`.
         scaling: Factor on the scores.
         dropout: Probability of dropping an attention weight; 0 unless the backbone trains.
-        prompts: The batch's prompts and mask.
+        prompts: The layer's prompts and mask.
     """
-    place = int(module.layer_idx)  # type: ignore[arg-type]
-    if prompts.captured is not None:
-        prompts.captured.append(
-            Captured(
-                layer=place,
-                query=query.detach(),
-                key=key.detach(),
-                value=value.detach(),
-                scaling=scaling,
-            )
-        )
-    prompt, mask = prompts.layers[place], prompts.masks[place]
+    own_key, own_value = key, value
+    prompt, length = prompts.prompt, 0
     if prompt is not None:
-        rows = query.shape[0]
+        rows, length = query.shape[0], prompt.keys.shape[2]
         key = torch.cat([prompt.keys.expand(rows, -1, -1, -1), key], dim=2)
         value = torch.cat([prompt.values.expand(rows, -1, -1, -1), value], dim=2)
+    mask = _added(prompts.mask, attention_mask, length, query.dtype)
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
     if query.device.type != "cpu":
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
-    elif dropout > 0.0:
+    elif dropout > 0.0 or (mask is not None and mask.requires_grad):
         output = nn.functional.dropout(_weights(query, key, mask, scaling), dropout) @ value
     else:
         output = _CpuAttention.apply(query, key, value, mask, scaling)  # type: ignore[no-untyped-call]
-    return output.transpose(1, 2), None  # [B, N, T, D] -> [B, T, N, D]
+    output = output.transpose(1, 2)  # [B, G * N, T, D] -> [B, T, G * N, D]
+    if prompts.captured is not None:
+        prompts.captured.append(
+            Captured(
+                layer=prompts.layer,
+                query=query.detach(),
+                key=own_key.detach(),
+                value=own_value.detach(),
+                scaling=scaling,
+                bias=None if mask is None else mask[..., length:].detach(),
+                context=output.detach(),
+            )
+        )
+    return output, None
+
+
+def _added(
+    mask: Tensor | None, bias: Tensor | None, prompt_length: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return mask and bias as one; a prompt has no place, and so nothing is added for it."""
+    if bias is None:
+        return mask
+    whole = nn.functional.pad(bias.to(dtype), (prompt_length, 0))  # [.., T, T] -> [.., T, S]
+    return whole if mask is None else whole + mask
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_core.data.tasks import Form
-from ptv2_core.model.backbones.base import Encoded
+from ptv2_core.model.backbones.base import Encoded, PooledReading
 
-Reading = Literal["cls", "pooler", "mean", "mask", "tokens"]
+Reading = Literal["cls", "pooler", "mean", "last", "mask", "tokens"]
 
 
 def read(encoded: Encoded, reads: Reading) -> Tensor:
@@ -19,8 +19,8 @@ def read(encoded: Encoded, reads: Reading) -> Tensor:
 
     Args:
         encoded: The backbone's output.
-        reads: The first token, the backbone's own pooler, the mean over real tokens, the mask token
-            after the language model's transform, or each token.
+        reads: The first token, the backbone's own pooler, the mean over real tokens, the last real
+            token, the mask token after the language model's transform, or each token.
     """
     if reads == "tokens":
         return encoded.hidden
@@ -32,6 +32,10 @@ def read(encoded: Encoded, reads: Reading) -> Tensor:
     if reads == "mask":
         assert encoded.masked is not None, "whoever encodes for such a head says where it is"
         return encoded.masked
+    if reads == "last":
+        places = torch.arange(encoded.token_mask.shape[1], device=encoded.hidden.device)
+        last = (places * encoded.token_mask).argmax(dim=1)  # [B]
+        return encoded.hidden[torch.arange(len(last), device=last.device), last]
     weights = encoded.token_mask.to(encoded.hidden.dtype)[:, :, None]  # [B, T, 1]
     return (encoded.hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -92,6 +96,6 @@ def reads_first_token(reads: Reading) -> bool:
     return reads in ("cls", "pooler")
 
 
-def reading_for(form: Form, reads: Literal["cls", "pooler", "mean", "mask"]) -> Reading:
+def reading_for(form: Form, reads: PooledReading | Literal["mask"]) -> Reading:
     """Return what a head of this form reads; one that answers tokens reads each of them."""
     return "tokens" if form in ("tokens", "spans") else reads

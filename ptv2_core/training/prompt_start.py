@@ -96,7 +96,8 @@ def quieting_shift(keys: Tensor, layer: Captured, token_mask: Tensor, *, share: 
 
     In each head it is the shift whose product with the tokens' queries is nearest, in least
     squares, to the number that brings the mean log-odds of prompt against tokens to those of
-    `share`. Where a head's queries have no part in common, nothing can, and the shift is small.
+    `share`. Heads of queries that ask the same keys are brought there together. Where a head's
+    queries have no part in common, nothing can, and the shift is small.
 
     Args:
         keys: `[N, P, D]`, the prompt's.
@@ -107,16 +108,16 @@ def quieting_shift(keys: Tensor, layer: Captured, token_mask: Tensor, *, share: 
     Returns:
         `[N, D]`, fp32, on the CPU.
     """
-    queries, own = _asked(layer, token_mask)  # [Q, N, D], [Q, N]
-    scores = torch.einsum("qnd,npd->qnp", queries, keys.to(queries)) * layer.scaling
-    odds = (scores.logsumexp(-1) - own).mean(0)  # [N]
+    queries, own = _asked(layer, token_mask)  # [Q, G, N, D], [Q, G, N]
+    scores = torch.einsum("qgnd,npd->qgnp", queries, keys.to(queries)) * layer.scaling
+    odds = (scores.logsumexp(-1) - own).mean(0)  # [G, N]
     wanted = (math.log(share / (1 - share)) - odds) / layer.scaling
     size = queries.shape[-1]
-    moments = torch.einsum("qnd,qne->nde", queries, queries) / len(queries)
+    moments = torch.einsum("qgnd,qgne->nde", queries, queries) / len(queries)
     ridge = RIDGE * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     moments += ridge * torch.eye(size, dtype=moments.dtype)
-    common = torch.linalg.solve(moments, queries.mean(0))  # [N, D]: its product is near 1
-    shift: Tensor = wanted[:, None] * common
+    common = (wanted[:, :, None] * queries.mean(0)).sum(0)  # [N, D]
+    shift: Tensor = torch.linalg.solve(moments, common)
     return shift.float()
 
 
@@ -146,16 +147,23 @@ def _bare_states(backbone: Backbone, batch: Batch, shift: int) -> list[Captured]
 
 
 def _asked(layer: Captured, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries `[Q, N, D]` of real tokens, and the log-sums `[Q, N]` of their scores.
+    """Return queries `[Q, G, N, D]` of real tokens, and the log-sums `[Q, G, N]` of their scores.
 
     Of a longer row every so many-th token is asked. Both are fp64 and on the CPU.
     """
     queries, sums = [], []
+    rows, groups = len(token_mask), layer.query.shape[1] // layer.key.shape[1]
     for row, real in enumerate(token_mask):
         keys = layer.key[row][:, real].double().cpu()  # [N, T, D]
         stride = -(-keys.shape[1] // MAX_QUERIES)
         asked = layer.query[row][:, real][:, ::stride].double().cpu()
-        scores = asked @ keys.transpose(-1, -2) * layer.scaling
-        queries.append(asked.transpose(0, 1))
-        sums.append(scores.logsumexp(-1).transpose(0, 1))
+        asked = asked.view(-1, groups, *asked.shape[1:])  # [N, G, Q, D]
+        scores = asked @ keys[:, None].transpose(-1, -2) * layer.scaling  # [N, G, Q, T]
+        if layer.bias is not None:
+            bias = layer.bias.expand(rows, -1, -1, -1)[row]  # [G * N or 1, T or 1, T]
+            bias = bias.expand(-1, len(real), -1)[:, real][:, ::stride][..., real]
+            bias = bias.double().cpu()
+            scores = scores + (bias if len(bias) == 1 else bias.view_as(scores))
+        queries.append(asked.permute(2, 1, 0, 3))
+        sums.append(scores.logsumexp(-1).permute(2, 1, 0))
     return torch.cat(queries), torch.cat(sums)

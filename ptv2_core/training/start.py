@@ -64,14 +64,19 @@ def resolve_head(head: HeadConfig, backbone: Backbone) -> HeadConfig:
         )
     if head.reads == "mask":
         raise ConfigError(
-            "train.head.reads: only a verbalizer reads the mask token; expected auto, cls, pooler "
-            "or mean, or train.head.type: verbalizer"
+            "train.head.reads: only a verbalizer reads the mask token; expected auto, cls, pooler, "
+            "mean or last, or train.head.type: verbalizer"
         )
     reads = backbone.spec.reads if head.reads == "auto" else head.reads
     if reads == "pooler" and not backbone.spec.has_pooler:
         raise ConfigError(
             f"train.head.reads: {backbone.spec.name} has no trained pooler; expected auto, cls or "
             "mean"
+        )
+    if reads == "cls" and backbone.spec.is_causal:
+        raise ConfigError(
+            f"train.head.reads: {backbone.spec.name} is a decoder, whose first token sees no "
+            "other; expected auto, last or mean"
         )
     return replace(head, reads=reads)
 

@@ -106,8 +106,8 @@ def test_backbone_with_missing_weights_is_refused(tmp_path: Path) -> None:
 def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     folder = tiny_backbone(tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(BackboneError, match="of type 'gpt2', which takes no deep prompts here"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "fnet"}))
+    with pytest.raises(BackboneError, match="of type 'fnet', which takes no deep prompts here"):
         load_backbone(str(folder))
 
 
@@ -186,8 +186,8 @@ def test_backbone_default_reading_is_what_loading_finds(
 def test_backbone_default_reading_refuses_an_unknown_family(tmp_path: Path) -> None:
     folder = tiny_backbone(tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(BackboneError, match="of type 'gpt2', which takes no deep prompts here"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "fnet"}))
+    with pytest.raises(BackboneError, match="of type 'fnet', which takes no deep prompts here"):
         default_reading(locate(str(folder)))
 
 

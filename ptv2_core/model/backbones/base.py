@@ -4,7 +4,7 @@ Letters: B rows, T tokens, H hidden size.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ptv2_core.errors import BackboneError
-from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.attention import PromptBatch, Sight
 from ptv2_core.model.backbones.packing import PackedLinear
 from ptv2_core.model.prompts import PromptShape
 
-PooledReading = Literal["cls", "pooler", "mean"]
+PooledReading = Literal["cls", "pooler", "mean", "last"]
+Shared = Mapping[str, Any]
+"""What an architecture computes once for all layers of a forward, such as rotary tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class BackboneSpec:
         max_positions: Tokens plus prompt positions at most.
         reads: What a classification head reads unless told otherwise.
         has_pooler: Whether the files hold a trained pooler.
+        is_causal: Whether a token sees none that stands after it.
     """
 
     name: str
@@ -48,6 +51,7 @@ class BackboneSpec:
     max_positions: int
     reads: PooledReading
     has_pooler: bool
+    is_causal: bool = False
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the plain values that an artifact stores."""
@@ -105,6 +109,16 @@ class Encoded:
 class Layers(Protocol):
     """How the layers of one architecture are run; a small file each."""
 
+    @property
+    def sights(self) -> Sequence[Sight]:
+        """Which tokens a token sees, for each layer."""
+        ...
+
+    @property
+    def trims_last_layer(self) -> bool:
+        """Whether there is a `first_token_layer`; where there is none, it is not called."""
+        ...
+
     def embed(
         self,
         input_ids: Tensor,
@@ -119,17 +133,44 @@ class Layers(Protocol):
         """Return the embeddings of tokens, `[..., H]` for `[...]`."""
         ...
 
-    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
-        """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest."""
+    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
+        """Return what all layers of a forward are told.
+
+        Args:
+            hidden: `[B, T, H]`, of the format and on the device of the states.
+            positions: `[B or 1, T]`.
+            token_mask: `[B, T]`, true at real tokens.
+        """
         ...
 
-    def first_token_layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
+        """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest.
+
+        The highest gives what the backbone gives: where there is a norm behind it, after that.
+        """
+        ...
+
+    def first_token_layer(
+        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
+    ) -> Tensor:
         """Run one layer for the first token alone, `[B, T, H]` to `[B, 1, H]`."""
         ...
 
     def pool(self, hidden: Tensor) -> Tensor | None:
         """Return the backbone's own pooled states `[B, H]`, where it has a pooler."""
         ...
+
+
+class NeverTrims:
+    """For architectures whose last layer always computes all tokens."""
+
+    trims_last_layer = False
+
+    def first_token_layer(
+        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
+    ) -> Tensor:
+        """Is never called."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +340,8 @@ class Backbone(nn.Module):
         assert all(prompt is None for prompt in below), "a trunk ends below the first prompt"
         with self._products():
             hidden = self._run(
-                input_ids, token_type_ids, shifts, prompts, inputs, trunk, first_token_only,
-                recompute,
+                input_ids, token_mask, token_type_ids, shifts, prompts, inputs, trunk,
+                first_token_only, recompute,
             )  # fmt: skip
             if inputs is not None:
                 hidden = hidden[:, len(inputs) :]
@@ -326,6 +367,7 @@ class Backbone(nn.Module):
     def _run(
         self,
         input_ids: Tensor,
+        token_mask: Tensor,
         token_type_ids: Tensor | None,
         shifts: Tensor,
         prompts: PromptBatch,
@@ -335,20 +377,33 @@ class Backbone(nn.Module):
         recompute: bool,
     ) -> Tensor:
         """Return the last layer's states `[B, T, H]`, or `[B, P + T, H]` with `inputs`."""
+        positions = self._positions(input_ids, shifts, inputs)
         if trunk is not None:
             hidden = trunk.hidden
         else:
-            hidden = self._embed(input_ids, token_type_ids, shifts, inputs)
+            hidden = self._layers.embed(input_ids, token_type_ids, positions, inputs)
+        if inputs is not None:
+            token_mask = nn.functional.pad(token_mask, (len(inputs), 0), value=True)
+        shared, prompts = self._begin(hidden, positions, token_mask, prompts)
         last = self.spec.shape.num_layers - 1
+        trims = first_token_only and self._layers.trims_last_layer
         for index in range(trunk.num_layers if trunk else 0, last + 1):
-            only_first = first_token_only and index == last
+            only_first = trims and index == last
             run = self._layers.first_token_layer if only_first else self._layers.layer
             # below the first prompt nothing has a gradient, and nothing is kept
             if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(run, index, hidden, prompts, use_reentrant=False)
+                hidden = checkpoint(run, index, hidden, prompts, shared, use_reentrant=False)
             else:
-                hidden = run(index, hidden, prompts)
+                hidden = run(index, hidden, prompts, shared)
         return hidden
+
+    def _begin(
+        self, hidden: Tensor, positions: Tensor, token_mask: Tensor, prompts: PromptBatch
+    ) -> tuple[Shared, PromptBatch]:
+        """Return what all layers are told beside their states."""
+        width = hidden.shape[1]
+        limited = prompts.limited(self._layers.sights, width, self.states_dtype, hidden.device)
+        return self._layers.share(hidden, positions, token_mask), limited
 
     def word_embeddings(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings of tokens in fp32, `[..., H]` for `[...]`."""
@@ -373,18 +428,15 @@ class Backbone(nn.Module):
         """
         bare = PromptBatch.of([None] * self.spec.shape.num_layers, token_mask, self.dtype)
         unshifted = torch.zeros(1, dtype=torch.long, device=input_ids.device)
-        hidden = self._embed(input_ids, token_type_ids, unshifted)
+        positions = self._positions(input_ids, unshifted)
+        hidden = self._layers.embed(input_ids, token_type_ids, positions)
+        shared, bare = self._begin(hidden, positions, token_mask, bare)
         for index in range(num_layers):
-            hidden = self._layers.layer(index, hidden, bare)
+            hidden = self._layers.layer(index, hidden, bare, shared)
         return Trunk(hidden=hidden, num_layers=num_layers)
 
-    def _embed(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        shifts: Tensor,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
+    def _positions(self, input_ids: Tensor, shifts: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return the positions of tokens `[B or 1, T]`, or `[B or 1, P + T]` with `inputs`."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = places[None, :] + shifts[:, None]  # [B or 1, T]
         if inputs is not None:
@@ -392,5 +444,4 @@ class Backbone(nn.Module):
             positions = torch.cat([before.expand(len(positions), -1), positions], dim=1)
         positions = positions + self._first_position
         # only padding can pass the end: a long row beside one with a long prompt
-        positions = positions.clamp(max=self.spec.max_positions - 1)
-        return self._layers.embed(input_ids, token_type_ids, positions, inputs)
+        return positions.clamp(max=self.spec.max_positions - 1)

@@ -9,26 +9,25 @@ Letters: B rows, T tokens, H hidden size, N heads, D head size.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ptv2_core.model.attention import PromptBatch, prompted_attention
-
-# model_type -> whether positions start after the padding id, as in the RoBERTa family
-MODEL_TYPES = {
-    "bert": False,
-    "electra": False,
-    "roberta": True,
-    "xlm-roberta": True,
-    "camembert": True,
-}
+from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
+from ptv2_core.model.backbones.base import Shared
 
 
 class BertFamily:
     """How the frozen model of the BERT family is run."""
 
-    def __init__(self, model: nn.Module) -> None:
+    trims_last_layer = True
+
+    def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
-        self._model: Any = model
+        self._model = model
+        self.sights = [EVERYTHING] * len(self._model.encoder.layer)
+
+    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
+        """Return nothing: places are in the embeddings alone."""
+        return {}
 
     def embed(
         self,
@@ -66,12 +65,14 @@ class BertFamily:
             hidden = model.embeddings_project(hidden)
         return hidden
 
-    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest."""
-        output: Tensor = self._model.encoder.layer[index](hidden, prompts=prompts)
+        output: Tensor = self._model.encoder.layer[index](hidden, prompts=prompts.at(index))
         return output
 
-    def first_token_layer(self, index: int, hidden: Tensor, prompts: PromptBatch) -> Tensor:
+    def first_token_layer(
+        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
+    ) -> Tensor:
         """Run one layer for the first token alone, `[B, T, H]` to `[B, 1, H]`.
 
         It attends to all tokens, but no other token's query, output or feed-forward is computed.
@@ -92,7 +93,7 @@ class BertFamily:
             None,
             scaling=own.scaling,
             dropout=own.dropout.p if own.training else 0.0,
-            prompts=prompts,
+            prompts=prompts.at(index),
         )
         attended = layer.attention.output(context.flatten(2), first)  # [B, 1, N, D] -> [B, 1, H]
         output: Tensor = layer.feed_forward_chunk(attended)

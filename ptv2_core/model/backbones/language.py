@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 
 from ptv2_core.errors import BackboneError
-from ptv2_core.model.attention import ATTENTION_NAME
+from ptv2_core.model.backbones.families import Family
 from ptv2_core.model.backbones.locating import Location, load_tokenizer
 
 
@@ -54,23 +54,26 @@ class _RobertaTransform(nn.Module):
 
 
 def load_language_model(
-    location: Location, config: Any, dtype: torch.dtype, device: torch.device
+    location: Location, config: Any, family: Family, dtype: torch.dtype, device: torch.device
 ) -> MaskedLanguageModel:
     """Load the language model's head that a backbone was trained with.
 
     Args:
         location: The backbone's files.
         config: Its configuration.
+        family: Of its architecture.
         dtype: Number format of its weights.
         device: Where to put them.
 
     Raises:
         BackboneError: The files hold none.
     """
+    if not family.has_verbalizer:
+        raise _without(location, f"that of {config.model_type} is not known here")
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
             location.folder,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=family.attention,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,

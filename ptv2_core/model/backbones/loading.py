@@ -13,14 +13,14 @@ from transformers.utils.hub import try_to_load_from_cache  # type: ignore[attr-d
 
 from ptv2_core.config import AnsweringPrecision, Device, Precision
 from ptv2_core.errors import BackboneError
-from ptv2_core.model.attention import ATTENTION_NAME, register_attention
-from ptv2_core.model.backbones import interface
+from ptv2_core.model.attention import register_attention
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
+from ptv2_core.model.backbones.checking import check, explained
+from ptv2_core.model.backbones.families import Family, family_of, prompt_shape
 from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
 from ptv2_core.model.backbones.quantized import quantize
-from ptv2_core.model.prompts import PromptShape
 
 
 def choose_device(device: Device = "auto") -> torch.device:
@@ -106,10 +106,11 @@ def load_backbone(
         language_model: Whether a head will read the mask token.
 
     Raises:
-        BackboneError: It is not there, unsupported, damaged or not the expected one.
+        BackboneError: It is not there, unsupported, damaged or not the expected one, or deep
+            prompts do not work in it under this Transformers.
     """
     location = locate(name, revision)
-    config = _config(location)
+    config, family = _config(location)
     chosen = choose_device(device)
     is_rounded = precision == "int8"
     if is_rounded and (tunable or chosen.type != "cpu"):
@@ -125,59 +126,61 @@ def load_backbone(
             "train again."
         )
     names = _tensor_names(location)
-    has_pooler = _has_pooler(names)
+    has_pooler = _has_pooler(family, names)
     products = choose_precision("auto" if precision == "int8" else precision, chosen)
     dtype = torch.float32 if tunable or is_rounded else products
-    model = _load_model(location, config, dtype, has_pooler)
+    model = _load_model(location, family, dtype, has_pooler)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     spec = BackboneSpec(
         name=location.name,
         revision=location.revision,
         digest=found,
         model_type=config.model_type,
-        shape=PromptShape(
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            head_size=config.hidden_size // config.num_attention_heads,
-        ),
+        shape=prompt_shape(config),
         hidden_size=config.hidden_size,
         num_parameters=num_parameters,
         max_positions=config.max_position_embeddings,
-        reads=_default_reading(location, has_pooler, names),
+        reads=_default_reading(location, family, names),
         has_pooler=has_pooler,
+        is_causal=family.is_causal,
     )
-    first = config.pad_token_id + 1 if interface.MODEL_TYPES[config.model_type] else 0
     if is_rounded:
         # from the weights as they are, not as bf16 rounded them
         quantize(model)
-        model = model.to(products)
+        _cast(model, products)
     model = model.to(chosen)
     if packs and chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         pack(model)
-    words = load_language_model(location, config, dtype, chosen) if language_model else None
-    return Backbone(
-        model,
-        spec,
-        interface.BertFamily,
-        first_position=first,
-        language_model=words,
-        product_dtype=products if tunable and products != dtype else None,
-    )
+    words = None
+    if language_model:
+        words = load_language_model(location, config, family, dtype, chosen)
+    with explained(location.name, config.model_type):
+        backbone = Backbone(
+            model,
+            spec,
+            family.make_layers,
+            first_position=family.first_position(config),
+            language_model=words,
+            product_dtype=products if tunable and products != dtype else None,
+        )
+        check(backbone)
+    return backbone
 
 
-def _config(location: Location) -> Any:
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the format of the weights; buffers, such as rotary frequencies, stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _config(location: Location) -> tuple[Any, Family]:
     try:
         config = AutoConfig.from_pretrained(location.folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {location.folder / 'config.json'} could not be read: {error}"
         ) from error
-    if config.model_type not in interface.MODEL_TYPES:
-        raise BackboneError(
-            f"backbone.name: {location.name!r} is of type {config.model_type!r}, which takes no "
-            f"deep prompts here; expected one of {', '.join(sorted(interface.MODEL_TYPES))}."
-        )
-    return config
+    return config, family_of(config.model_type, name=location.name)
 
 
 def _tensor_names(location: Location) -> set[str]:
@@ -194,31 +197,37 @@ def _tensor_names(location: Location) -> set[str]:
     return names
 
 
-def _has_pooler(names: set[str]) -> bool:
-    return any(name.endswith("pooler.dense.weight") for name in names)
+def _has_pooler(family: Family, names: set[str]) -> bool:
+    ends = ("pooler.dense.weight", "pooler.weight")
+    return family.has_pooler and any(name.endswith(ends) for name in names)
 
 
-def _default_reading(location: Location, has_pooler: bool, names: set[str]) -> PooledReading:
+def _default_reading(location: Location, family: Family, names: set[str]) -> PooledReading:
     """Take what a head reads from the backbone's own files.
 
     A sentence-embedding model says how its states are pooled. A pooler is worth reading where it
-    was trained by a next-sentence head, which the files then hold too. Otherwise the first token.
+    was trained by a head that tells pairs of sentences apart, which the files then hold too.
+    Otherwise the first token, or the last one where it alone sees all others.
     """
     pooling = location.folder / "1_Pooling" / "config.json"
     if pooling.is_file():
         settings = json.loads(pooling.read_text(encoding="utf-8"))
+        if settings.get("pooling_mode_lasttoken"):
+            return "last"
         return "cls" if settings.get("pooling_mode_cls_token") else "mean"
-    was_trained = any("seq_relationship" in name for name in names)
-    return "pooler" if has_pooler and was_trained else "cls"
+    was_trained = any("seq_relationship" in name or "sop_classifier" in name for name in names)
+    return "pooler" if was_trained and _has_pooler(family, names) else family.reads
 
 
-def _load_model(location: Location, config: Any, dtype: torch.dtype, has_pooler: bool) -> nn.Module:
+def _load_model(
+    location: Location, family: Family, dtype: torch.dtype, has_pooler: bool
+) -> nn.Module:
     register_attention()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    extra = {} if config.model_type == "electra" else {"add_pooling_layer": has_pooler}
+    extra = {"add_pooling_layer": has_pooler} if family.has_pooler else {}
     model, info = AutoModel.from_pretrained(
         location.folder,
-        attn_implementation=ATTENTION_NAME,
+        attn_implementation=family.attention,
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
@@ -229,8 +238,10 @@ def _load_model(location: Location, config: Any, dtype: torch.dtype, has_pooler:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise BackboneError(
             f"backbone.name: the weights in {location.folder} lack {missing}; expected a complete "
-            f"{config.model_type} encoder."
+            f"{family.name} model."
         )
+    # DeBERTa's biases stay in fp32 otherwise, and its own products then mix two formats
+    _cast(model, dtype)
     return model  # type: ignore[no-any-return]
 
 
@@ -264,6 +275,5 @@ def default_reading(location: Location) -> PooledReading:
     Raises:
         BackboneError: They are damaged, or of a type that takes no deep prompts.
     """
-    _config(location)
-    names = _tensor_names(location)
-    return _default_reading(location, _has_pooler(names), names)
+    _, family = _config(location)
+    return _default_reading(location, family, _tensor_names(location))
