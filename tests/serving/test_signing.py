@@ -18,8 +18,9 @@ from ptv2_serving.routing import ResolvedVersion
 from tests.serving.store_parts import Kept, accept, open_store
 from tests.tiny import tiny_artifact, tiny_backbone
 
-KEY = Ed25519PrivateKey.generate()
-OTHER = Ed25519PrivateKey.generate()
+# fixed, since every process of a test run must name the cases alike
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 DIGEST = "ab" * 32
 
 
@@ -54,6 +55,7 @@ def test_signing_own_signature_is_accepted():
         ("not base64 \u00e9", "not by the key"),
         (signing.sign(DIGEST, KEY)[:-4], "not by the key"),
     ],
+    ids=["none", "another key", "another prompt", "empty", "no base64", "cut"],
 )
 def test_signing_other_signatures_are_refused(signature, message):
     with pytest.raises(ArtifactError, match=message):
