@@ -23,7 +23,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-faults check format bench bench-train bench-sweep up containers clean
+.PHONY: help setup demo test test-all test-faults check format bench bench-train bench-sweep bench-serve bench-load bench-soak up containers clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,15 @@ bench-train: setup ## The same in full: all data sets and backbones
 
 bench-sweep: setup ## Print how many epochs a sweep spends against a grid and plain TPE, and its overhead
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+bench-serve: setup ## Print how many requests a second one server answers against the named peers
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+
+bench-load: setup ## Ask 200,000 requests while prompts swap 100 times, and check every answer (6 minutes)
+	$(BIN)/python -m benchmarks.serve_load $(ARGS)
+
+bench-soak: setup ## Load a real server for 30 minutes and watch its memory, then end and kill it
+	$(BIN)/python -m benchmarks.serve_soak $(ARGS)
 
 up: setup ## Start the pages of Prefect, MLflow and Optuna Dashboard here; Ctrl-C stops them all
 	$(BIN)/ptv2 up $(ARGS)

@@ -1,0 +1,298 @@
+"""`python -m benchmarks.serve`: many tasks served from one backbone, against the ways there are.
+
+Requests of 50 tasks with random prompts, a row of T tokens each, asked by 64 clients that ask again
+as soon as they are answered. Our engine mixes the tasks in its batches. The peers answer one
+request at a time on our own forward, switch PEFT's adapter for each request, or hold a fine-tuned
+copy of the model a task; each of them also with all that one task has waiting as one batch. All on
+as many threads, in the same number format, in turn, with the same clients: at that, our p95 is the
+lower one wherever our throughput is the higher. A ratio is the median over the rounds of the
+throughputs of one round. Then 1,000 prompts are made resident, and an alias is moved again and
+again. Correctness under load, and a soak, are `benchmarks.serve_load` and `benchmarks.serve_soak`.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import serve_load, serve_resident, serve_soak, serve_swap
+from benchmarks.machine import describe, set_up
+from benchmarks.serve_costs import fitted
+from benchmarks.serve_http import running
+from benchmarks.serve_parts import LocalRegistry, Prompts, names, run_on_loop
+from benchmarks.serve_rates import (
+    MIXED,
+    ONE_TASK,
+    Measured,
+    Served,
+    compare,
+    differences,
+    make_rows,
+)
+from benchmarks.serve_report import drawn
+from benchmarks.serve_ways import Copies, Ours, Way, fastest_copies, fastest_peft
+from benchmarks.shapes import backbone_folder
+from ptv2_core.files import write_json_atomic
+from ptv2_serving.engine.engine import EngineConfig
+
+TABLE_WIDTH = 125
+TASKS, CLIENTS = 50, 64
+TOKENS = (16, 32, 64)
+LOOKED_AT = (10, 100, 300)
+PUBLISHED, DEFAULT = 16, 64
+# of the largest logit: a forward in bf16 in another order of sums
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        lengths: Values of P.
+        requests: That our engine answers in a round.
+        peer_requests: Likewise a peer.
+        rounds: After one to warm up.
+        residents: Prompts that are made resident.
+        swaps: Times that an alias moves.
+        load_requests: Of the check under load.
+        load_swaps: Likewise.
+        http_s: Seconds for which a server process is asked.
+    """
+
+    lengths: Sequence[int]
+    requests: int
+    peer_requests: int
+    rounds: int
+    residents: int
+    swaps: int
+    load_requests: int
+    load_swaps: int
+    http_s: float
+
+
+QUICK = Plan(
+    lengths=(PUBLISHED, DEFAULT),
+    requests=1024,
+    peer_requests=192,
+    rounds=3,
+    residents=1000,
+    swaps=20,
+    load_requests=8000,
+    load_swaps=20,
+    http_s=9.0,
+)
+FULL = Plan(
+    lengths=(PUBLISHED, DEFAULT),
+    requests=4096,
+    peer_requests=512,
+    rounds=9,
+    residents=1000,
+    swaps=100,
+    load_requests=200_000,
+    load_swaps=100,
+    http_s=30.0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All ways with prompts of one length.
+
+    Attributes:
+        prompt_length: P.
+        precision: Of the weights of all ways.
+        variants: Of each peer, the one that was the fastest.
+        differences: How far a peer's logits are from ours, as a share of the largest.
+        copies_bytes: What the fine-tuned copies take.
+        measured: By T and way.
+    """
+
+    prompt_length: int
+    precision: str
+    variants: Mapping[str, str]
+    differences: Mapping[str, float]
+    copies_bytes: int
+    measured: Mapping[int, Mapping[str, Measured]]
+
+    def ratios(self) -> dict[str, float]:
+        """Return our throughput over each peer's, and mixed traffic's over that of one task."""
+        found = {
+            f"{key}_t{tokens}": ratio(ways[MIXED], peer)
+            for tokens, ways in self.measured.items()
+            for key, peer in ways.items()
+            if key not in (MIXED, ONE_TASK)
+        }
+        single = {
+            tokens: ratio(ways[MIXED], ways[ONE_TASK]) for tokens, ways in self.measured.items()
+        }
+        found |= {f"single_task_t{tokens}": value for tokens, value in single.items()}
+        return found | {"single_task": statistics.median(single.values())}
+
+
+def ratio(ours: Measured, peer: Measured) -> float:
+    """Return how many times our throughput is the peer's, the median of the rounds."""
+    pairs = zip(ours.per_s, peer.per_s, strict=True)
+    return statistics.median(one / other for one, other in pairs)
+
+
+def throughput(backbone: Path, scratch: Path, plan: Plan, *, length: int, threads: int) -> Table:
+    """Measure all ways with prompts of one length.
+
+    Args:
+        backbone: Its folder.
+        scratch: Where prompts are written.
+        plan: How much.
+        length: P.
+        threads: Of each way.
+    """
+    prompts = Prompts(backbone, prompt_length=length)
+    folders = [
+        prompts.save(scratch / f"p{length}" / name, name, seed=place, golden=0)
+        for place, name in enumerate(names(TASKS))
+    ]
+    served = Served(prompts.choice(), EngineConfig(threads=threads))
+    try:
+        served.put(folders)
+        rows = {
+            tokens: make_rows(prompts, tokens=tokens, count=plan.requests, tasks=TASKS)
+            for tokens in TOKENS
+        }
+        choice, ids = prompts.choice(), rows[TOKENS[0]].ids
+        exact: list[Way] = [Ours(choice, folders), fastest_peft(choice, folders, ids)]
+        precision = str(served.engine.backbone["precision"])
+        off = differences(served, exact, rows[TOKENS[0]], requests=TASKS)
+        wrong = {key: value for key, value in off.items() if value > AGREEMENT[precision]}
+        assert not wrong, f"peers that compute something else: {wrong}"
+        copies: Copies = fastest_copies(choice, folders, ids)
+        ways = [*exact, copies]
+        measured = {
+            tokens: compare(
+                served,
+                ways,
+                rows[tokens],
+                clients=CLIENTS,
+                rounds=plan.rounds,
+                peer_rows=plan.peer_requests,
+            )
+            for tokens in TOKENS
+        }
+        return Table(
+            prompt_length=length,
+            precision=precision,
+            variants={way.key: way.variant for way in ways},
+            differences=off,
+            copies_bytes=copies.num_bytes,
+            measured=measured,
+        )
+    finally:
+        served.close()
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        words: Its arguments; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and requests; minutes")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser.add_argument("--threads", type=int, default=1, help="of each way; default: %(default)s")
+    given = parser.parse_args(words)
+    set_up(threads=given.threads)
+    plan = QUICK if given.quick else FULL
+    console = Console(width=TABLE_WIDTH)
+    with tempfile.TemporaryDirectory() as name:
+        figures = measure(
+            backbone_folder("minilm", Path(name)), Path(name), plan, threads=given.threads
+        )
+    console.print(drawn(figures))
+    if given.json is not None:
+        write_json_atomic(given.json, figures)
+
+
+def measure(backbone: Path, scratch: Path, plan: Plan, *, threads: int) -> dict[str, Any]:
+    """Measure everything; return the figures as the JSON has them."""
+    before = os.getloadavg()
+    tables = [
+        throughput(backbone, scratch, plan, length=length, threads=threads)
+        for length in plan.lengths
+    ]
+    default = Prompts(backbone, prompt_length=DEFAULT)
+    residents = serve_resident.measure(
+        default,
+        scratch / "residents",
+        tasks=plan.residents,
+        tokens=TOKENS[0],
+        requests=plan.requests,
+        clients=CLIENTS,
+        rounds=2 * plan.rounds,
+        threads=threads,
+    )
+    costs = fitted(default, scratch / "costs", threads=threads, rounds=3 * plan.rounds)
+    (scratch / "registry").mkdir()
+    registry = LocalRegistry(scratch / "registry")
+    serve_swap.register(registry, default, swaps=plan.swaps)
+    swapped = run_on_loop(serve_swap.swap(registry, scratch / "registry", swaps=plan.swaps))
+    (scratch / "looks").mkdir()
+    looks = serve_swap.looks(scratch / "looks", tasks=LOOKED_AT, times=5 * plan.rounds)
+    (scratch / "load").mkdir()
+    loaded = serve_load.run(
+        scratch / "load",
+        backbone,
+        versions={task: 3 if place < 10 else 1 for place, task in enumerate(names(TASKS))},
+        requests=plan.load_requests,
+        swaps=plan.load_swaps,
+        clients=CLIENTS,
+    )
+    with running(LocalRegistry(scratch / "load"), scratch / "http") as server:
+        texts = default.texts.make(TOKENS[0], CLIENTS, seed=0)
+        http = run_on_loop(serve_soak.over_http(server, texts, seconds=plan.http_s))
+    first = tables[0].ratios()
+    return {
+        "ratios": {**first, "tasks_1000_vs_10": residents.ratio},
+        f"ratios_p{DEFAULT}": tables[-1].ratios(),
+        "bank_1000_bytes": residents.num_bytes,
+        "swap_ms": swapped.to_mapping()["median_ms"],
+        "machine": {**describe(), "load_average": [before, os.getloadavg()]},
+        # a second set of copies finds memory that the first one left
+        "copies_bytes": tables[0].copies_bytes,
+        "clients": CLIENTS,
+        "tasks": TASKS,
+        "plan": asdict(plan),
+        "tables": [_table(table) for table in tables],
+        "residents": residents.to_mapping(),
+        "swap": swapped.to_mapping(),
+        "looks": looks,
+        "load": loaded,
+        "http": {**http, "backbone_bytes": residents.before_bytes},
+        "costs": costs,
+    }
+
+
+def _table(table: Table) -> dict[str, Any]:
+    return {
+        "prompt_length": table.prompt_length,
+        "precision": table.precision,
+        "variants": dict(table.variants),
+        "differences": dict(table.differences),
+        "ratios": table.ratios(),
+        "ways": {
+            str(tokens): {
+                key: {"per_s": own.rate, "p95_ms": own.p95, "rounds_per_s": own.per_s}
+                for key, own in ways.items()
+            }
+            for tokens, ways in table.measured.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

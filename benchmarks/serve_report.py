@@ -1,0 +1,92 @@
+"""The figures of the serving benchmark as tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+NAMES = {
+    "mixed": "ours: 50 tasks mixed in each batch",
+    "one_task": "ours: the same requests, all of one task",
+    "one_at_a_time": "one request at a time, our forward",
+    "one_at_a_time_by_task": "  the same, each task's waiting rows together",
+    "peft_switch": "PEFT prefix tuning, set_adapter a request",
+    "peft_switch_by_task": "  the same, each task's waiting rows together",
+    "copies": "a fine-tuned copy of the model a task",
+    "copies_by_task": "  the same, each task's waiting rows together",
+}
+OURS = "mixed"
+
+
+def drawn(figures: Mapping[str, Any]) -> Group:
+    """Return what a person reads."""
+    return Group(*(_throughput(figures, table) for table in figures["tables"]), _rest(figures))
+
+
+def _throughput(figures: Mapping[str, Any], table: Mapping[str, Any]) -> Table:
+    machine, ways = figures["machine"], table["ways"]
+    found = Table(
+        title=f"{figures['tasks']} tasks, prompts of {table['prompt_length']} positions: requests "
+        "a second (p95 in ms), and how many times as many ours answers",
+        caption=f"MiniLM in {table['precision']}; {machine['cpu']}, {machine['threads']} thread(s) "
+        f"a way; {figures['clients']} clients, closed loop; the copies take "
+        f"{figures['copies_bytes'] / 1e9:.1f} GB",
+        title_justify="left",
+    )
+    found.add_column("way")
+    for tokens in ways:
+        found.add_column(f"T = {tokens}", justify="right")
+        found.add_column("ratio", justify="right")
+    for key, name in NAMES.items():
+        cells = []
+        for own in ways.values():
+            if key in own:
+                cells.append(f"{own[key]['per_s']:,.0f} ({own[key]['p95_ms']:,.0f})")
+                cells.append("" if key == OURS else f"{_ratio(own, key):.2f}x")
+        if cells:
+            found.add_row(name, *cells)
+    return found
+
+
+def _ratio(ways: Mapping[str, Any], key: str) -> float:
+    """Return the ratio of the medians, for the table; the JSON has the median of ratios."""
+    ratio: float = ways[OURS]["per_s"] / ways[key]["per_s"]
+    return ratio
+
+
+def _rest(figures: Mapping[str, Any]) -> Table:
+    residents, swap, load = figures["residents"], figures["swap"], figures["load"]
+    costs = figures["costs"]
+    found = Table(title="One process", title_justify="left", show_header=False)
+    found.add_column("what")
+    found.add_column("figure")
+    found.add_row(
+        f"{residents['tasks']:,} prompts of {residents['prompt_length']} positions",
+        f"{residents['bytes_beyond_backbone'] / 1e6:,.0f} MB beyond the backbone; "
+        f"{residents['ratio']:.3f} of the throughput with {residents['few_tasks']}",
+    )
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in swap["parts_ms"].items())
+    found.add_row(
+        f"{swap['swaps']} hot swaps, from the moved alias seen to the first answer",
+        f"median {swap['median_ms']:.1f} ms, p95 {swap['p95_ms']:.1f} ms (of it: {parts})",
+    )
+    found.add_row(
+        f"{load['requests']:,} requests with {load['swaps']} swaps",
+        f"{load['wrong']} wrong, {sum(load['lost'].values())} lost; "
+        f"{load['requests_per_s']:,.0f} a second, p99 {load['p99_ms']:.0f} ms; "
+        f"a swap {load['swap_under_load_ms']:.0f} ms",
+    )
+    http = figures["http"]
+    found.add_row(
+        "`ptv2 serve` over HTTP, one engine process",
+        f"{http['per_s']:,.0f} requests/s, p95 {http['p95_ms']:.0f} ms; processor time a request: "
+        f"{http['server_cpu_s'] * 1e3:.2f} ms beside the engine, {http['engine_cpu_s'] * 1e3:.2f} "
+        "ms in it",
+    )
+    found.add_row(
+        "a batch",
+        f"{costs['fixed_s'] * 1e3:.2f} ms + {costs['row_s'] * 1e6:.0f} us a row + "
+        f"{costs['token_s'] * 1e6:.1f} us a token",
+    )
+    return found
