@@ -223,11 +223,11 @@ class SweepSettings(Section):
     workers: int = Field(
         default=2, ge=1, le=1024, description="a whole number of trials side by side, 1 to 1024"
     )
-    engine: Literal["processes", "ray", "dask"] = Field(
-        default="processes", description="processes, ray or dask"
+    engine: Literal["processes", "ray", "dask", "work_pool"] = Field(
+        default="processes", description="processes, ray, dask or work_pool"
     )
     address: Text | None = Field(
-        default=None, description="null, or where a Ray or Dask cluster listens"
+        default=None, description="null, where a Ray or Dask cluster listens, or a deployment"
     )
     storage: Text | None = Field(
         default=None, description="null, or postgresql://USER@HOST/DATABASE"
@@ -252,7 +252,7 @@ class SweepSettings(Section):
         """Refuse what the engine has no use for, and databases that cannot be shared."""
         found = []
         if self.address is not None and self.engine == "processes":
-            found.append(("address", "only engine: ray or dask has one; expected null"))
+            found.append(("address", "engine: processes has none; expected null"))
         if self.storage is not None and not self.storage.startswith(
             ("postgresql://", "postgresql+psycopg2://")
         ):

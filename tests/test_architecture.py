@@ -20,6 +20,8 @@ VENDORS = {
         "pipelines.prefect_session",
         "pipelines.sweep.engines",
         "pipelines.sweep.flow",
+        "pipelines.sweep.pool",
+        "pipelines.sweep.trial_flow",
         "pipelines.watch_flow",
     },
     "dvc": {"pipelines.dag"},

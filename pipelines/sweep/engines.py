@@ -1,4 +1,4 @@
-"""Prefect: where trials train. Threads of this process, or workers of a Ray or a Dask cluster.
+"""Prefect: where trials train. Threads of this process, workers of Ray or Dask, or a work pool.
 
 Ray and Dask workers get a pickle of the flow and of the task, so this module imports nothing that
 is slow to load, and the flow itself holds nothing that cannot be pickled.
@@ -22,6 +22,8 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.settings import set_environment_defaults
+from pipelines.sweep import pool
+from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order, train
 from pipelines.sweep.urls import host_and_port
 from pipelines.threads import thread_environment
@@ -79,8 +81,15 @@ def _working() -> State[Any]:
     return _work.get()()
 
 
-def submitting(sweep: SweepSettings) -> Callable[[str, Order, Callable[[], None]], None]:
-    """Return what starts trainings as task runs, for use inside of `run`."""
+@contextmanager
+def submitting(
+    sweep: SweepSettings,
+) -> Iterator[Callable[[str, Order, Callable[[], None]], None]]:
+    """Yield what starts trainings as task runs or flow runs, for use inside of `run`."""
+    if sweep.engine == "work_pool":
+        with pool.giving(sweep) as give:
+            yield give
+        return
     # a future that nobody holds is given up by Dask
     held: set[PrefectFuture[Any]] = set()
 
@@ -94,7 +103,7 @@ def submitting(sweep: SweepSettings) -> Callable[[str, Order, Callable[[], None]
         held.add(future)
         future.add_done_callback(partial(ended, done=done))
 
-    return submit
+    yield submit
 
 
 @prefect.task(name="trial", tags=["trial"], cache_policy=NO_CACHE, persist_result=False, retries=0)
@@ -105,6 +114,11 @@ def train_trial(order: Order) -> Any:
     except Exception as error:
         # whatever it is, another process may not be able to read it: its words alone travel
         return Failed(message=f"{type(error).__name__}: {error}")
+    return state_of(ended)
+
+
+def state_of(ended: Ended) -> State[Any]:
+    """Return how a training ended, as the state of its run."""
     words = f"{ended.state} in {ended.seconds:.1f} s"
     if ended.retries:
         words += f", {ended.retries} times begun again"
@@ -133,7 +147,9 @@ def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
     Raises:
         PipelineError: Its package is not installed, or nothing answers at its address.
     """
-    if sweep.engine == "processes":
+    if sweep.engine == "work_pool":
+        pool.check(sweep)
+    if sweep.engine in ("processes", "work_pool"):
         return ThreadPoolTaskRunner(max_workers=sweep.workers)
     try:
         runner = _ray(sweep) if sweep.engine == "ray" else _dask(sweep)

@@ -127,7 +127,8 @@ def sweep_one(settings: Settings, task: str, sweep: SweepSettings, on_look: OnLo
     def work() -> State[Any]:
         with opened(settings, task, sweep) as opened_sweep:
             try:
-                record = opened_sweep.run(engines.submitting(sweep), on_look)
+                with engines.submitting(sweep) as submit:
+                    record = opened_sweep.run(submit, on_look)
             except (KeyboardInterrupt, PTv2Error) as error:
                 raised.append(error)
                 if isinstance(error, KeyboardInterrupt):

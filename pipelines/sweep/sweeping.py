@@ -234,7 +234,7 @@ class Sweep:
             if died > self.sweep.retries + 1:
                 raise PipelineError(
                     f"sweep: {name} was lost by the engine {died} times; no finished trial is "
-                    "lost. See the task run's log in Prefect, mend the engine, and run the same "
+                    "lost. See the run's log in Prefect, mend the engine, and run the same "
                     "command"
                 )
         if not order.is_finalist:
@@ -346,6 +346,7 @@ def _reachable_url(url: str, sweep: SweepSettings, paths: TaskPaths) -> Iterator
     if sweep.engine == "processes" or not url.startswith("sqlite"):
         yield url
         return
+    # the address of a work pool is a name, and its workers on other machines need PostgreSQL
     towards, _ = host_and_port(sweep.address or "")
     log = paths.sweeps.with_name(f"proxy-{paths.task}.log")
     with one_writer(url, towards=towards, log=log) as proxied:

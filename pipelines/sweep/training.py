@@ -65,13 +65,22 @@ def _study(url: str, name: str, search: str) -> SweepStudy:
     return SweepStudy(url, name, SearchSettings.model_validate_json(search))
 
 
+def study_of(order: Order) -> SweepStudy:
+    """Return the study that a training writes to.
+
+    Raises:
+        PipelineError: Its database does not answer, or cannot be used.
+    """
+    return _study(order.url, order.study, order.search)
+
+
 def train(order: Order) -> Ended:
     """Train to the end, and write down how it ended.
 
     Raises:
         PipelineError: The sweep is ending, the study's database is gone, or a disk is full.
     """
-    study = _study(order.url, order.study, order.search)
+    study = study_of(order)
     with _at_work(order.study):
         return _train_or_say(order, study)
 

@@ -373,6 +373,14 @@ class SweepStudy:
                 found[int(number), int(seed)] = float(score)
         return found
 
+    def note(self, key: str, value: Any) -> None:
+        """Write an attribute of the study, for those who work on its trials."""
+        patiently(lambda: self._study.set_user_attr(key, value))
+
+    def noted(self) -> dict[str, Any]:
+        """Return all attributes of the study."""
+        return patiently(lambda: self._study.user_attrs)
+
     def set_seed_score(self, number: int, seed: int, score: float | None) -> None:
         """Keep the score of a finalist with one more seed; none where it failed."""
         patiently(lambda: self._study.set_user_attr(_seed_key(number, seed), score))

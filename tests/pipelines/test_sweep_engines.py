@@ -68,8 +68,8 @@ def sweep_on(
     found: list[SweepRecord] = []
 
     def work() -> State[Any]:
-        with open_sweep(root, **settings) as sweep:
-            found.append(sweep.run(engines.submitting(sweep.sweep), on_look))
+        with open_sweep(root, **settings) as sweep, engines.submitting(sweep.sweep) as submit:
+            found.append(sweep.run(submit, on_look))
         return Completed(message="done")
 
     with prefect_session.session(root):
