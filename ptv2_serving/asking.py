@@ -53,16 +53,18 @@ class Asker:
             TooLongError: See `refuse_long`.
             ServingError: As `Engine.compute`.
         """
-        asked = await self._off_loop(lambda: resident.codec.encode(inputs))
-        if refuse_long and any(asked.is_cut):
-            raise TooLongError(
-                f"input {asked.is_cut.index(True) + 1} has more than the "
-                f"{resident.codec.max_length} tokens that version {resident.id.version} of "
-                f"{resident.id.task!r} reads; shorten it"
+        # from before the first wait: while a text is read, the slot could become another prompt's
+        with self.engine.held(resident.slot):
+            asked = await self._off_loop(lambda: resident.codec.encode(inputs))
+            if refuse_long and any(asked.is_cut):
+                raise TooLongError(
+                    f"input {asked.is_cut.index(True) + 1} has more than the "
+                    f"{resident.codec.max_length} tokens that version {resident.id.version} of "
+                    f"{resident.id.task!r} reads; shorten it"
+                )
+            computed = await self.engine.compute(
+                resident.slot, asked.split, timeout_s=timeout_s, yields=yields
             )
-        computed = await self.engine.compute(
-            resident.slot, asked.split, timeout_s=timeout_s, yields=yields
-        )
         predictions = await self._off_loop(lambda: resident.codec.decode(asked, computed.logits))
         return Answer(
             prompt=resident.id,

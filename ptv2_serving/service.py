@@ -132,6 +132,9 @@ class PromptService:
         timeout_s: float,
     ) -> None:
         """Ask the shadow what the champion was asked, when there is room, and count differences."""
+        route = self._follower.routes.get(task)
+        if route is None or route.shadow is not shadow:
+            return  # it was swapped out before this began
         try:
             other = await self._asker.ask(shadow, "shadow", inputs, timeout_s, yields=True)
         except (ServingError, DataError):

@@ -6,7 +6,8 @@ All of it runs on one event loop, which never waits for a process.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing.connection import Connection
@@ -22,7 +23,8 @@ from ptv2_serving.engine.forward import BackboneChoice, Row
 from ptv2_serving.engine.process import Host
 from ptv2_serving.engine.waiting import Item, Waiting
 
-MAX_ATTEMPTS = 2
+# processes can die together, each with the rows that the other left; a row that kills them ends here
+MAX_ATTEMPTS = 5
 # between the end of a process and its successor, so that one that cannot live is not a busy loop
 RESTART_AFTER_S = 0.5
 # of the latest batch in the running estimate of rows a second
@@ -238,6 +240,16 @@ class Engine:
         """Forget a prompt as soon as no request waits for it."""
         self._leaving.add(slot)
         self._sweep(slot)
+
+    @contextmanager
+    def held(self, slot: int) -> Iterator[None]:
+        """Keep a prompt until the end, dropped or not, so that its slot is nobody else's."""
+        self._users[slot] += 1
+        try:
+            yield
+        finally:
+            self._users[slot] -= 1
+            self._sweep(slot)
 
     def _sweep(self, slot: int) -> None:
         if slot not in self._leaving or self._users[slot]:

@@ -73,7 +73,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("engine"), processes=2, queue_rows=256)
+    made = Served(tmp_path_factory.mktemp("engine"), processes=2, queue_rows=256, batch_rows=16)
     made.runner.run(made.start())
     yield made
     made.runner.run(made.engine.close())
@@ -202,6 +202,25 @@ def test_engine_drops_a_prompt_after_its_last_request_and_uses_the_slot_again(
     served.check("three", TEXTS[0], computed)
     assert slot == again
     assert set(served.engine.sizes) == set(served.slots.values())
+
+
+def test_engine_keeps_a_held_prompt_in_its_slot_until_the_end(served: Served) -> None:
+    async def held() -> tuple[int, int, int]:
+        slot = await served.engine.put(served.prompts["three"], alone=False)
+        with served.engine.held(slot):
+            served.engine.drop(slot)
+            other = await served.engine.put(served.prompts["one"], alone=False)
+            split = served.asked("three", TEXTS[1]).split
+            computed = await served.engine.compute(slot, split, timeout_s=30.0)
+        served.check("three", TEXTS[1], computed)
+        third = await served.engine.put(served.prompts["one"], alone=False)
+        for used in (other, third):
+            served.engine.drop(used)
+        return slot, other, third
+
+    slot, other, third = served.runner.run(held())
+    assert slot != other
+    assert third == slot
 
 
 def test_engine_says_what_is_wrong_with_a_prompt_it_cannot_load(
