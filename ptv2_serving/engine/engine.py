@@ -23,7 +23,7 @@ from ptv2_serving.engine.forward import BackboneChoice, Row
 from ptv2_serving.engine.process import Host
 from ptv2_serving.engine.waiting import Item, Waiting
 
-# processes can die together, each with the rows that the other left; a row that kills them ends here
+# processes can die together, each with rows that another left; one that kills them ends here
 MAX_ATTEMPTS = 5
 # between the end of a process and its successor, so that one that cannot live is not a busy loop
 RESTART_AFTER_S = 0.5

@@ -16,18 +16,24 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines import flows
+from pipelines.paths import TaskPaths
 from pipelines.prefect_server import temporary_server
+from pipelines.sweep import pool
+from pipelines.sweep.record import SweepRecord
+from pipelines.sweep.trial_flow import ptv2_trial
 from tests.pipelines.chain_parts import ROOT, make_repository, registered, versions
 from tests.pipelines.conftest import Workspace
 from tests.pipelines.processes import PATIENCE_S, Running, environment, program, run
 from tests.stage_parts import PARAMS
 
-DEPLOYMENTS = ("run-nightly", "sweep-weekly", "watch")
+SCHEDULED = ("run-nightly", "sweep-weekly", "watch")
+DEPLOYMENTS = (*SCHEDULED, "trial")
 SCHEDULED_IN_S = 20
+SWEPT_IN_S = 10
 
 
 def declared(file: Path = ROOT / "prefect.yaml") -> dict[str, Any]:
@@ -42,7 +48,7 @@ def deployment(name: str) -> dict[str, Any]:
     return chosen
 
 
-@pytest.mark.parametrize("name", DEPLOYMENTS)
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_deployments_name_a_flow_and_parameters_that_exist(name: str) -> None:
     entry = deployment(name)
     path, _, function = entry["entrypoint"].partition(":")
@@ -52,7 +58,7 @@ def test_deployments_name_a_flow_and_parameters_that_exist(name: str) -> None:
     flow.validate_parameters(entry["parameters"])
 
 
-@pytest.mark.parametrize("name", DEPLOYMENTS)
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_deployments_run_one_at_a_time_where_their_worker_was_started(name: str) -> None:
     entry = deployment(name)
     assert entry["concurrency_limit"]["limit"] == 1
@@ -64,6 +70,16 @@ def test_deployments_run_one_at_a_time_where_their_worker_was_started(name: str)
         CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"])
     else:
         assert schedule["interval"] >= 60
+
+
+def test_deployments_trial_is_run_by_sweeps_alone() -> None:
+    entry = deployment("trial")
+    assert entry["entrypoint"] == "pipelines/sweep/trial_flow.py:ptv2_trial"
+    assert f"{ptv2_trial.name}/trial" == pool.DEPLOYMENT
+    assert set(inspect.signature(ptv2_trial.fn).parameters) == {"order", "place", "token"}
+    assert (entry["parameters"], entry["schedules"]) == ({}, [])
+    assert "concurrency_limit" not in entry
+    assert entry["work_pool"] == deployment("sweep-weekly")["work_pool"]
 
 
 def test_deployments_watch_gives_its_runs_to_the_nightly_one() -> None:
@@ -94,7 +110,8 @@ def deployed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Deploy from a clone, the nightly run due in some seconds, and start a worker."""
     folder = tmp_path_factory.mktemp("clone")
     tasks = {"intents": {**PARAMS["tasks"]["intents"], "search": {"n_trials": 0}}}
-    root = make_repository(folder / "repository", tasks)
+    sweep = {"engine": "work_pool", "n_trials": 2, "workers": 1, "finalists": 1, "seeds": 1}
+    root = make_repository(folder / "repository", tasks, sweep=sweep)
     shutil.copy(ROOT / "prefect.yaml", root)
     prefect = {"PREFECT_API_URL": server, "PREFECT_HOME": str(folder / "home")}
     command = ("env", *(f"{name}={value}" for name, value in prefect.items()), program("prefect"))
@@ -154,6 +171,40 @@ def test_deployments_run_from_a_schedule_and_the_worker_finishes_it(deployed: De
     with get_client(sync_client=True) as client:
         names = {found.name for found in client.read_deployments()}
     assert names == set(DEPLOYMENTS)
+
+
+@pytest.mark.slow
+def test_deployments_sweep_runs_from_a_schedule_and_its_trials_beside_it(
+    deployed: Deployed,
+) -> None:
+    finished_run_of("ptv2-run/run-nightly", after=deployed.due)
+    due = datetime.now(UTC) + timedelta(seconds=SWEPT_IN_S)
+    with get_client(sync_client=True) as client:
+        weekly = client.read_deployment_by_name("ptv2-sweep/sweep-weekly")
+        soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=due)
+        client.create_deployment_schedules(weekly.id, [(soon, True)])
+    done = finished_run_of("ptv2-sweep/sweep-weekly", after=due)
+    record = SweepRecord.read(TaskPaths(root=deployed.root, task="intents"))
+    assert done.state is not None
+    words = f"intents: accuracy {record.finalists[0].mean:.4f} by trial {record.winner.number}"
+    assert (done.state.type.value, done.state.message) == ("COMPLETED", words)
+    assert done.auto_scheduled
+    assert [one.number for one in record.trials] == [0, 1]
+    with get_client(sync_client=True) as client:
+        trial = client.read_deployment_by_name(pool.DEPLOYMENT).id
+        found = [one for one in client.read_flow_runs() if one.deployment_id == trial]
+    assert sorted(one.name.partition(":")[0] for one in found) == ["trial 0", "trial 1"]
+    assert versions(deployed.root) == [("intents", 1)], "promotion is not a sweep's"
+    with get_client(sync_client=True) as client:
+        for one in client.read_flow_runs():
+            print(
+                one.name,
+                one.state.name,
+                one.state.message,
+                one.expected_start_time,
+                one.start_time,
+                one.end_time,
+            )
 
 
 @pytest.mark.slow

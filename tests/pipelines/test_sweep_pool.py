@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from pipelines import prefect_session
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.sweep import engines
 from pipelines.sweep.record import SweepRecord
+from pipelines.sweep.trial_flow import ptv2_trial
 from tests.pipelines.chain_parts import ROOT
 from tests.pipelines.processes import Running, environment, is_running, processes, program, run
 from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
@@ -125,8 +127,8 @@ def runs_of(name: str) -> list[FlowRun]:
     """Return the flow runs under a flow run, in the order of their start."""
     with get_client(sync_client=True) as client:
         parent = {"name": {"any_": [name]}}
-        (sweep,) = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(parent))
-        children = {"parent_flow_run_id": {"any_": [sweep.id]}}
+        sweeps = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(parent))
+        children = {"parent_flow_run_id": {"any_": [one.id for one in sweeps]}}
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(children))
     return sorted(found, key=lambda one: str(one.created))
 
@@ -216,6 +218,29 @@ def test_pool_cancels_what_it_gave_away_when_the_sweep_is_interrupted(pool: Pool
     (left,) = runs_of("interrupted")
     assert left.state is not None
     assert left.state.is_cancelled()
+
+
+def test_pool_ends_the_sweep_with_what_a_worker_lacks(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.sweep.pool.check", lambda sweep: None)
+
+    def refuse() -> None:
+        while not (runs := runs_of("refused")):
+            time.sleep(0.1)
+        with get_client(sync_client=True) as client:
+            state = Failed(name="Refused", message="expected the workspace of the sweep")
+            client.set_flow_run_state(runs[0].id, state, force=True)
+
+    threading.Thread(target=copy_context().run, args=(refuse,)).start()
+    with pytest.raises(PipelineError, match="a worker refused it: expected the workspace"):
+        sweep_on_pool(pool.root, "refused")
+
+
+def test_pool_flow_refuses_an_order_that_it_cannot_train() -> None:
+    state = ptv2_trial({"study": "a-study"}, 0, "a-token", return_state=True)
+    assert (state.name, state.is_failed()) == ("Refused", True)
+    assert "expected an order of this version of ptv2" in str(state.message)
 
 
 def test_pool_without_a_worker_is_one_error(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
