@@ -16,7 +16,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from pipelines import flows
@@ -33,7 +33,6 @@ from tests.stage_parts import PARAMS
 SCHEDULED = ("run-nightly", "sweep-weekly", "watch")
 DEPLOYMENTS = (*SCHEDULED, "trial")
 SCHEDULED_IN_S = 20
-SWEPT_IN_S = 10
 
 
 def declared(file: Path = ROOT / "prefect.yaml") -> dict[str, Any]:
@@ -91,10 +90,16 @@ def test_deployments_watch_gives_its_runs_to_the_nightly_one() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """A repository whose deployments are on a server, with a worker."""
+    """A repository whose deployments are on a server, with a worker.
+
+    Attributes:
+        root: The repository.
+        prefect: The command, which talks to the server.
+        due: When the nightly run was.
+    """
 
     root: Path
-    url: str
+    prefect: tuple[str, ...]
     due: datetime
 
 
@@ -103,6 +108,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the API URL of a server that heeds schedules."""
     with temporary_server(tmp_path_factory.mktemp("deployments"), schedules=True) as url:
         yield url
+
+
+def daily(due: datetime) -> list[dict[str, Any]]:
+    return [{"interval": 86400, "anchor_date": due.isoformat(), "active": True}]
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +127,7 @@ def deployed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     run(root, *command, "work-pool", "create", "ptv2", "--type", "process")
     due = datetime.now(UTC) + timedelta(seconds=SCHEDULED_IN_S)
     content = declared()
-    content["deployments"][0]["schedules"] = [
-        {"interval": 86400, "anchor_date": due.isoformat(), "active": True}
-    ]
+    content["deployments"][0]["schedules"] = daily(due)
     content["deployments"][2]["schedules"] = []
     (root / "prefect.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     # PWD as a script has it that only changed the folder of its child
@@ -132,7 +139,7 @@ def deployed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )  # fmt: skip
     with temporary_settings({PREFECT_API_URL: server}):
         try:
-            yield Deployed(root=root, url=server, due=due)
+            yield Deployed(root=root, prefect=command, due=due)
         finally:
             with suppress(ProcessLookupError):
                 worker.kill_all()
@@ -173,16 +180,16 @@ def test_deployments_run_from_a_schedule_and_the_worker_finishes_it(deployed: De
     assert names == set(DEPLOYMENTS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deployments_sweep_runs_from_a_schedule_and_its_trials_beside_it(
     deployed: Deployed,
 ) -> None:
     finished_run_of("ptv2-run/run-nightly", after=deployed.due)
-    due = datetime.now(UTC) + timedelta(seconds=SWEPT_IN_S)
-    with get_client(sync_client=True) as client:
-        weekly = client.read_deployment_by_name("ptv2-sweep/sweep-weekly")
-        soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=due)
-        client.create_deployment_schedules(weekly.id, [(soon, True)])
+    due = datetime.now(UTC) + timedelta(seconds=SCHEDULED_IN_S)
+    content = yaml.safe_load((deployed.root / "prefect.yaml").read_text())
+    content["deployments"][1]["schedules"] = daily(due)
+    (deployed.root / "prefect.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    run(deployed.root, *deployed.prefect, "--no-prompt", "deploy", "--name", "sweep-weekly")
     done = finished_run_of("ptv2-sweep/sweep-weekly", after=due)
     record = SweepRecord.read(TaskPaths(root=deployed.root, task="intents"))
     assert done.state is not None
@@ -195,16 +202,6 @@ def test_deployments_sweep_runs_from_a_schedule_and_its_trials_beside_it(
         found = [one for one in client.read_flow_runs() if one.deployment_id == trial]
     assert sorted(one.name.partition(":")[0] for one in found) == ["trial 0", "trial 1"]
     assert versions(deployed.root) == [("intents", 1)], "promotion is not a sweep's"
-    with get_client(sync_client=True) as client:
-        for one in client.read_flow_runs():
-            print(
-                one.name,
-                one.state.name,
-                one.state.message,
-                one.expected_start_time,
-                one.start_time,
-                one.end_time,
-            )
 
 
 @pytest.mark.slow

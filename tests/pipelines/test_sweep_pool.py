@@ -25,6 +25,7 @@ from pipelines.extra_settings import SweepSettings
 from pipelines.sweep import engines
 from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.trial_flow import ptv2_trial
+from tests.pipelines import postgres
 from tests.pipelines.chain_parts import ROOT
 from tests.pipelines.processes import Running, environment, is_running, processes, program, run
 from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
@@ -133,7 +134,7 @@ def runs_of(name: str) -> list[FlowRun]:
     return sorted(found, key=lambda one: str(one.created))
 
 
-def what_was_found(record: SweepRecord) -> list[tuple[Any, ...]]:
+def what_was_found(record: SweepRecord) -> list[Any]:
     trials = [(one.number, one.params, one.epochs, one.state, one.origin) for one in record.trials]
     return [*trials, *record.finalists]
 
@@ -152,6 +153,23 @@ def test_pool_finds_what_threads_find_in_flow_runs_under_that_of_the_sweep(
 
 def processes_of(pool: Pool, part: str) -> list[int]:
     return [pid for pid, command in processes(pool.root).items() if part in command]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not postgres.is_possible(), reason="needs PostgreSQL's programs")
+def test_pool_trains_on_postgresql_whose_password_prefect_never_gets(
+    pool: Pool, by_threads: SweepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgres.server() as database:
+        monkeypatch.setenv("PTV2_STORAGE", database.new_database())
+        with pool.worker() as worker:
+            record = sweep_on_pool(pool.root, "on PostgreSQL", n_trials=1)
+            said = worker.said
+    assert record.trials[0].epochs == by_threads.trials[0].epochs
+    (trial,) = runs_of("on PostgreSQL")
+    kept = trial.model_dump_json()
+    assert "postgresql+psycopg2://ptv2@127.0.0.1" in kept
+    assert postgres.PASSWORD not in kept + said
 
 
 def flow_run_process(host: int) -> int:
@@ -238,7 +256,7 @@ def test_pool_ends_the_sweep_with_what_a_worker_lacks(
 
 
 def test_pool_flow_refuses_an_order_that_it_cannot_train() -> None:
-    state = ptv2_trial({"study": "a-study"}, 0, "a-token", return_state=True)
+    state: State[Any] = ptv2_trial({"study": "a-study"}, 0, "a-token", return_state=True)
     assert (state.name, state.is_failed()) == ("Refused", True)
     assert "expected an order of this version of ptv2" in str(state.message)
 
