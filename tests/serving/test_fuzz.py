@@ -40,13 +40,29 @@ async def nearby(scope: Any, receive: Any, send: Any) -> None:
     await APP(scope, receive, send)
 
 
+# a request that a task of whole texts answers: what is drawn depends on the modules that other
+# tests have imported, so each status that must be reached has an example of its own
+ASKED = {
+    "/v1/tasks/": {"input": "book a flight"},
+    "/v2/models/": {
+        "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["book a flight"]}]
+    },
+}
+
+
 def document() -> dict[str, Any]:
     """Return the document, with names that are loaded: bodies are not read for others."""
     found = json.loads(json.dumps(APP.openapi()))
-    for methods in found["paths"].values():
+    for path, methods in found["paths"].items():
         for operation in methods.values():
             for parameter in operation.get("parameters", []):
-                parameter["schema"] = {"type": "string", "enum": KNOWN[parameter["name"]]}
+                known = KNOWN[parameter["name"]]
+                parameter["schema"] = {"type": "string", "enum": known}
+                parameter["examples"] = {name: {"value": name} for name in known}
+            for start, body in ASKED.items():
+                if path.startswith(start) and "requestBody" in operation:
+                    content = operation["requestBody"]["content"]["application/json"]
+                    content["examples"] = {"a text": {"value": body}}
     return found
 
 
@@ -96,6 +112,4 @@ def test_fuzz_got_as_far_as_answers() -> None:
     if not SEEN:
         pytest.skip("the requests were not made here")
     for path in ("/v1/tasks/{task}/predict", "/v2/models/{model}/infer"):
-        # which of them are drawn is a matter of luck
-        seen = {status for found, status in SEEN if found == path}
-        assert seen & {200, 404, 415, 422}, path
+        assert {status for found, status in SEEN if found == path} >= {200, 404, 415, 422}, path

@@ -419,14 +419,23 @@ def test_service_compares_answers_by_what_they_say(
 def test_service_refuses_with_a_full_queue(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = serving.service._engine
+
     async def flooded() -> list[Answer | BaseException]:
         many = [{"text": TEXTS[0]}] * 1500
-        asked = [
-            serving.service.predict("intents", many, request_id="x", timeout_s=TIMEOUT_S)
-            for _ in range(3)
-        ]
+        with monkeypatch.context() as nothing_is_given_out:
+            nothing_is_given_out.setattr(engine, "_pump_soon", lambda: None)
+            asked = [
+                asyncio.create_task(
+                    serving.service.predict("intents", many, request_id="x", timeout_s=TIMEOUT_S)
+                )
+                for _ in range(3)
+            ]
+            while sum(task.done() for task in asked) < 2:
+                await asyncio.sleep(0.01)
+        engine._pump()
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    found = serving.run(flooded())
-    # how many of them wait is a matter of how fast the text thread is
-    assert sum(isinstance(one, BusyError) for one in found) >= 1
+    found = serving.run(asyncio.wait_for(flooded(), TIMEOUT_S))
+    assert sum(isinstance(one, BusyError) for one in found) == 2
+    assert sum(isinstance(one, Answer) for one in found) == 1
