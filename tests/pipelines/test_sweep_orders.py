@@ -77,8 +77,8 @@ def test_orders_of_another_version_are_refused(order: Order) -> None:
 @pytest.mark.parametrize("key", ["params_file", "checkpoint"])
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/.ptv2/sweeps/../../mine"])
 def test_orders_that_name_other_files_are_refused(key: str, path: str, order: Order) -> None:
-    elsewhere = path.format(root=order.job.root)
-    wrong = replace(order, job=replace(order.job, **{key: elsewhere}))
+    elsewhere: dict[str, Any] = {key: path.format(root=order.job.root)}
+    wrong = replace(order, job=replace(order.job, **elsewhere))
     with pytest.raises(PipelineError, match="expected a file in .*sweeps, got"):
         unpacked(through_prefect(wrong))
 

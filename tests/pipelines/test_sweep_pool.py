@@ -249,7 +249,9 @@ def test_pool_ends_the_sweep_with_what_a_worker_lacks(
         while not (runs := runs_of("refused")):
             time.sleep(0.1)
         with get_client(sync_client=True) as client:
-            state = Failed(name="Refused", message="expected the workspace of the sweep")
+            state: State[Any] = Failed(
+                name="Refused", message="expected the workspace of the sweep"
+            )
             client.set_flow_run_state(runs[0].id, state, force=True)
 
     threading.Thread(target=copy_context().run, args=(refuse,)).start()
