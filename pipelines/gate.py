@@ -33,6 +33,7 @@ class Gate:
 
 def decide(
     *,
+    task: str,
     version: int,
     scores: Mapping[str, str],
     champion: int | None,
@@ -42,6 +43,7 @@ def decide(
     """Decide whether a version takes the champion's place; higher scores are better.
 
     Args:
+        task: Whose.
         version: The challenger.
         scores: Its tags `metric`, `test_score` and `test_digest`.
         champion: The version with the alias, or none.
@@ -62,10 +64,7 @@ def decide(
             champion_score=met,
         )
 
-    by_hand = (
-        f"To prefer version {version} all the same, move the alias {CHAMPION!r} to it on the "
-        "model's page in MLflow."
-    )
+    by_hand = f"To prefer version {version} all the same: ptv2 promote {task}:{version}"
     if champion == version:
         return gate(False, f"version {version} is the champion already")
     if not math.isfinite(score):

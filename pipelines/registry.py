@@ -250,6 +250,7 @@ def _set_aliases(
         client.get_model_version(name, str(champion)).tags if champion is not None else {}
     )
     gate = decide(
+        task=name,
         version=number,
         scores=score_tags(results),
         champion=champion,

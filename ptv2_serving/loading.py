@@ -40,6 +40,11 @@ class Loader:
         """Use a store and a verifier."""
         self.verifier = verifier
         self._objects = objects
+        self._ready: dict[ResolvedVersion, Prepared] = {}
+
+    def prefetch(self, version: ResolvedVersion) -> None:
+        """Prepare a version for the next `prepare`; errors as there."""
+        self._ready[version] = self.prepare(version)
 
     def prepare(self, version: ResolvedVersion) -> Prepared:
         """Return a version, downloaded and verified if it was not before.
@@ -49,6 +54,9 @@ class Loader:
             ArtifactError: It is not what the registry says, or not for this backbone.
             BackboneError: The backbone is not on this machine, or is another one.
         """
+        ready = self._ready.pop(version, None)
+        if ready is not None:
+            return ready
         stored = self._objects.fetch(version, self.verifier.verify)
         predictor = self.verifier.predictor(stored.path, stored.manifest)
         return Prepared(

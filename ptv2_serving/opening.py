@@ -161,7 +161,7 @@ def _fetch_all(loader: Loader, routings: Mapping[str, Routing], told: Progress) 
     problems = []
     for task, routing in routings.items():
         try:
-            loader.prepare(routing.versions[routing.champion])
+            loader.prefetch(routing.versions[routing.champion])
         except PTv2Error as error:
             problems.append(f"{task}: {error}")
         told.done(task)

@@ -65,6 +65,7 @@ class PromptService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._shadows: set[asyncio.Task[None]] = set()
+        self._looks: set[asyncio.Task[list[str]]] = set()
         self._compared: dict[str, tuple[int, int]] = {}
 
     # Asking
@@ -209,7 +210,11 @@ class PromptService:
 
     async def reload(self) -> list[str]:
         """Look at the aliases now, and swap what moved; return what changed, a line each."""
-        return await self._follower.reload()
+        # whoever asked may go: what is half loaded would stay so, with nobody to use it
+        looking = asyncio.get_running_loop().create_task(self._follower.reload())
+        self._looks.add(looking)
+        looking.add_done_callback(self._looks.discard)
+        return await asyncio.shield(looking)
 
     async def adopt(
         self, routings: Mapping[str, Routing], *, told: Callable[[str], None] | None = None
@@ -232,8 +237,8 @@ class PromptService:
     async def close(self) -> None:
         """End the engine and all that runs beside the requests."""
         self._is_draining = True
-        for shadow in list(self._shadows):
-            shadow.cancel()
+        for task in (*self._shadows, *self._looks):
+            task.cancel()
         self._follower.close()
         await self._engine.close()
         self._asker.close()

@@ -23,8 +23,6 @@ from ptv2_serving.engine.forward import BackboneChoice, Row
 from ptv2_serving.engine.process import Host
 from ptv2_serving.engine.waiting import Item, Waiting
 
-# processes can die together, each with rows that another left; one that kills them ends here
-MAX_ATTEMPTS = 5
 # between the end of a process and its successor, so that one that cannot live is not a busy loop
 RESTART_AFTER_S = 0.5
 # of the latest batch in the running estimate of rows a second
@@ -419,10 +417,14 @@ class Engine:
         self._rows_per_s += RATE_WEIGHT * (rate - self._rows_per_s)
 
     def _ask_again(self, items: Sequence[Item], problem: str) -> None:
-        """Compute each row of a failed batch alone: one of them may be what is wrong."""
+        """Compute each row of a failed batch alone: one of them may be what is wrong.
+
+        Processes can die together, each with rows that another one left. So a row may meet the end
+        of as many as there are before it is what is wrong.
+        """
         again = []
         for item in items:
-            if item.attempts + 1 >= MAX_ATTEMPTS:
+            if item.attempts >= self.config.processes:
                 item.request.fail(ServingError(f"the answer could not be computed: {problem}"))
             elif not item.request.done.done():
                 again.append(replace(item, mixes=object(), attempts=item.attempts + 1))

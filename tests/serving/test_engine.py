@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,27 @@ def test_engine_loads_the_backbone_anew_when_its_host_died(served: Served) -> No
         return await served.ask("two", TEXTS[1])
 
     served.check("two", TEXTS[1], served.runner.run(killed()))
+
+
+def test_engine_gives_up_on_a_row_that_ends_every_process_and_answers_the_others(
+    served: Served,
+) -> None:
+    async def poisoned() -> list[Any]:
+        split = served.asked("one", TEXTS[0]).split
+        # no such token: the backbone's table of embeddings ends before it
+        poison = replace(split, input_ids=split.input_ids + 1_000_000)
+        tasks = [served.engine.compute(served.slots["one"], poison, timeout_s=60.0)]
+        tasks += [served.ask(*question, timeout_s=60.0) for question in questions(20)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    before = served.engine.counts.restarts
+    failed, *found = served.runner.run(poisoned())
+    assert isinstance(failed, ServingError)
+    assert "the process that computed it ended" in str(failed)
+    for (name, text), computed in zip(questions(20), found, strict=True):
+        served.check(name, text, computed)
+    # in a batch with others, then alone once for each process
+    assert served.engine.counts.restarts - before == 3
 
 
 def test_engine_refuses_what_its_queue_has_no_room_for(served: Served) -> None:

@@ -167,6 +167,20 @@ def test_service_swaps_when_the_alias_moves_and_keeps_the_earlier_one_warm(
     assert serving.run(serving.service.reload()) == []
 
 
+def test_service_goes_on_with_a_look_whose_asker_went_away(serving: Serving) -> None:
+    async def asked_and_gone() -> None:
+        asking = asyncio.create_task(serving.service.reload())
+        await asyncio.sleep(0.001)
+        asking.cancel()
+        while serving.service.tasks()[0].champion.version != 2:
+            await asyncio.sleep(0.01)
+
+    serving.registry.promote("intents:2")
+    serving.run(asyncio.wait_for(asked_and_gone(), TIMEOUT_S))
+    status = serving.service.status()
+    assert status.resident == 3  # two of intents, one of slots: nothing is left over
+
+
 def test_service_loses_no_request_and_confuses_no_version_while_it_swaps(
     serving: Serving,
 ) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs, types_after_inputs
 
 
-class Albert(NeverTrims):
+class Albert(PlainLayers):
     """How a frozen ALBERT is run."""
 
     def __init__(self, model: Any) -> None:
@@ -48,10 +48,6 @@ class Albert(NeverTrims):
         )
         hidden: Tensor = self._model.encoder.embedding_hidden_mapping_in(embedded)
         return hidden
-
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return nothing: places are in the embeddings alone."""
-        return {}
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Apply one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest."""

@@ -4,7 +4,7 @@ Letters: B rows, T tokens, H hidden size.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ptv2_core.errors import BackboneError
-from ptv2_core.model.attention import PromptBatch, Sight
+from ptv2_core.model.attention import PromptBatch
+from ptv2_core.model.backbones.layers import Layers, Shared
 from ptv2_core.model.backbones.packing import PackedLinear
 from ptv2_core.model.prompts import PromptShape
 
 PooledReading = Literal["cls", "pooler", "mean", "last"]
-Shared = Mapping[str, Any]
-"""What an architecture computes once for all layers of a forward, such as rotary tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,73 +103,6 @@ class Encoded:
             token_mask=self.token_mask[chosen, :width],
             masked=None if self.masked is None else self.masked[chosen],
         )
-
-
-class Layers(Protocol):
-    """How the layers of one architecture are run; a small file each."""
-
-    @property
-    def sights(self) -> Sequence[Sight]:
-        """Which tokens a token sees, for each layer."""
-        ...
-
-    @property
-    def trims_last_layer(self) -> bool:
-        """Whether there is a `first_token_layer`; where there is none, it is not called."""
-        ...
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        positions: Tensor,
-        inputs: Tensor | None = None,
-    ) -> Tensor:
-        """Return what the lowest layer reads, `[B, T, H]`; longer by `inputs` `[P, H]`."""
-        ...
-
-    def word_embeddings(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings of tokens, `[..., H]` for `[...]`."""
-        ...
-
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return what all layers of a forward are told.
-
-        Args:
-            hidden: `[B, T, H]`, of the format and on the device of the states.
-            positions: `[B or 1, T]`.
-            token_mask: `[B, T]`, true at real tokens.
-        """
-        ...
-
-    def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
-        """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest.
-
-        The highest gives what the backbone gives: where there is a norm behind it, after that.
-        """
-        ...
-
-    def first_token_layer(
-        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
-    ) -> Tensor:
-        """Run one layer for the first token alone, `[B, T, H]` to `[B, 1, H]`."""
-        ...
-
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return the backbone's own pooled states `[B, H]`, where it has a pooler."""
-        ...
-
-
-class NeverTrims:
-    """For architectures whose last layer always computes all tokens."""
-
-    trims_last_layer = False
-
-    def first_token_layer(
-        self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared
-    ) -> Tensor:
-        """Is never called."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,9 +318,8 @@ class Backbone(nn.Module):
             token_mask = nn.functional.pad(token_mask, (len(inputs), 0), value=True)
         shared, prompts = self._begin(hidden, positions, token_mask, prompts)
         last = self.spec.shape.num_layers - 1
-        trims = first_token_only and self._layers.trims_last_layer
         for index in range(trunk.num_layers if trunk else 0, last + 1):
-            only_first = trims and index == last
+            only_first = first_token_only and index == last
             run = self._layers.first_token_layer if only_first else self._layers.layer
             # below the first prompt nothing has a gradient, and nothing is kept
             if recompute and torch.is_grad_enabled():

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs, types_after_inputs
 
 
-class Deberta(NeverTrims):
+class Deberta(PlainLayers):
     """How a frozen DeBERTa of either version is run."""
 
     def __init__(self, model: Any, *, is_first: bool) -> None:
@@ -127,10 +127,6 @@ class Deberta(NeverTrims):
         """Return the frozen embeddings of tokens, as wide as the words."""
         found: Tensor = self._model.embeddings.word_embeddings(input_ids)
         return found
-
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None
 
 
 def deberta(model: Any) -> Deberta:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from ptv2_core.model.attention import PromptBatch, Sight
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs
 
 
-class Gpt2(NeverTrims):
+class Gpt2(PlainLayers):
     """How a frozen GPT-2 is run."""
 
     def __init__(self, model: Any) -> None:
@@ -38,10 +38,6 @@ class Gpt2(NeverTrims):
         hidden: Tensor = self._model.drop(words + self._model.wpe(positions))
         return hidden
 
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return nothing: places are in the embeddings alone."""
-        return {}
-
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; the highest has the last norm behind it."""
         output: Tensor = self._layers[index](hidden, prompts=prompts.at(index))
@@ -52,12 +48,8 @@ class Gpt2(NeverTrims):
         found: Tensor = self._model.wte(input_ids)
         return found
 
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None
 
-
-class Opt(NeverTrims):
+class Opt(PlainLayers):
     """How a frozen OPT is run.
 
     The smallest but one projects its words and its output between two widths; a head reads states
@@ -85,10 +77,6 @@ class Opt(NeverTrims):
         places: Tensor = self._decoder.embed_positions(None, 0, position_ids=positions)
         return words + places
 
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return nothing: places are in the embeddings alone."""
-        return {}
-
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; the highest has the last norm behind it."""
         output: Tensor = self._layers[index](hidden, prompts=prompts.at(index))
@@ -100,7 +88,3 @@ class Opt(NeverTrims):
         """Return the frozen embeddings of tokens, as wide as the words."""
         found: Tensor = self._decoder.embed_tokens(input_ids)
         return found
-
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs
 
 
-class DistilBert(NeverTrims):
+class DistilBert(PlainLayers):
     """How a frozen DistilBERT is run."""
 
     def __init__(self, model: Any) -> None:
@@ -33,10 +33,6 @@ class DistilBert(NeverTrims):
         hidden: Tensor = self._model.embeddings(None, words, positions)
         return hidden
 
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return nothing: places are in the embeddings alone."""
-        return {}
-
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; 0 is the lowest."""
         output: Tensor = self._layers[index](hidden, prompts=prompts.at(index))
@@ -46,7 +42,3 @@ class DistilBert(NeverTrims):
         """Return the frozen embeddings of tokens, `[..., H]` for `[...]`."""
         found: Tensor = self._model.embeddings.word_embeddings(input_ids)
         return found
-
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None

@@ -15,11 +15,12 @@ from torch import nn
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import ATTENTION_NAME
 from ptv2_core.model.backbones.albert import Albert
-from ptv2_core.model.backbones.base import Layers, PooledReading
+from ptv2_core.model.backbones.base import PooledReading
 from ptv2_core.model.backbones.deberta import deberta, deberta_v2
 from ptv2_core.model.backbones.decoders import Gpt2, Opt
 from ptv2_core.model.backbones.distilbert import DistilBert
 from ptv2_core.model.backbones.interface import BertFamily
+from ptv2_core.model.backbones.layers import Layers
 from ptv2_core.model.backbones.mpnet import MPNet
 from ptv2_core.model.backbones.rotary import ModernBert, rotary_decoder, rotary_encoder
 from ptv2_core.model.prompts import PromptShape
@@ -57,6 +58,7 @@ class Family:
         has_pooler: Whether they have a pooler of their own.
         is_causal: Whether they are decoders, whose tokens see none that stands after them.
         has_position_table: Whether a position beyond the table's end does not exist.
+        trims_last_layer: Whether the last layer can compute the first token alone.
         has_verbalizer: Whether a head may read the mask token through their language model.
     """
 
@@ -69,6 +71,7 @@ class Family:
     has_pooler: bool = False
     is_causal: bool = False
     has_position_table: bool = True
+    trims_last_layer: bool = False
     has_verbalizer: bool = False
 
     @property
@@ -76,17 +79,13 @@ class Family:
         """What a head for whole texts reads where the backbone's files say nothing else."""
         return "last" if self.is_causal else "cls"
 
-    @property
-    def trims_last_layer(self) -> bool:
-        """Whether the last layer can compute the first token alone."""
-        return bool(getattr(self.make_layers, "trims_last_layer", False))
-
 
 FAMILIES = (
     Family(
         name="BERT",
         model_types=("bert",),
         make_layers=BertFamily,
+        trims_last_layer=True,
         note="the paper's own",
         has_pooler=True,
         has_verbalizer=True,
@@ -95,6 +94,7 @@ FAMILIES = (
         name="RoBERTa",
         model_types=("roberta", "xlm-roberta", "camembert"),
         make_layers=BertFamily,
+        trims_last_layer=True,
         note="positions start behind the padding's",
         first_position=_after_padding,
         has_pooler=True,
@@ -104,6 +104,7 @@ FAMILIES = (
         name="ELECTRA",
         model_types=("electra",),
         make_layers=BertFamily,
+        trims_last_layer=True,
         note="the discriminator",
     ),
     Family(

@@ -8,26 +8,20 @@ Letters: B rows, T tokens, H hidden size, N heads, D head size.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
-from ptv2_core.model.backbones.base import Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
+from ptv2_core.model.backbones.words import after_inputs, types_after_inputs
 
 
-class BertFamily:
+class BertFamily(PlainLayers):
     """How the frozen model of the BERT family is run."""
-
-    trims_last_layer = True
 
     def __init__(self, model: Any) -> None:
         """Run `model`, whose configuration names our attention function."""
         self._model = model
         self.sights = [EVERYTHING] * len(self._model.encoder.layer)
-
-    def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
-        """Return nothing: places are in the embeddings alone."""
-        return {}
 
     def embed(
         self,
@@ -45,22 +39,11 @@ class BertFamily:
             inputs: `[P, H]`, word embeddings that stand before those of the tokens.
         """
         model = self._model
-        if inputs is None:
-            hidden: Tensor = model.embeddings(
-                input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions
-            )
-        else:
-            rows, length = len(input_ids), len(inputs)
-            words = model.embeddings.word_embeddings(input_ids)
-            before = inputs.to(words.dtype).expand(rows, -1, -1)
-            types = token_type_ids
-            if types is not None:
-                types = torch.cat([types.new_zeros(rows, length), types], dim=1)
-            hidden = model.embeddings(
-                inputs_embeds=torch.cat([before, words], dim=1),
-                token_type_ids=types,
-                position_ids=positions,
-            )
+        hidden: Tensor = model.embeddings(
+            inputs_embeds=after_inputs(self.word_embeddings(input_ids), inputs),
+            token_type_ids=types_after_inputs(token_type_ids, inputs),
+            position_ids=positions,
+        )
         if hasattr(model, "embeddings_project"):
             hidden = model.embeddings_project(hidden)
         return hidden

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ptv2_core.model.attention import EVERYTHING, PromptBatch, prompted_attention
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs
 
 
-class MPNet(NeverTrims):
+class MPNet(PlainLayers):
     """How a frozen MPNet is run."""
 
     def __init__(self, model: Any) -> None:

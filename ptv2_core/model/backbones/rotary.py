@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from ptv2_core.model.attention import PromptBatch, Sight
-from ptv2_core.model.backbones.base import NeverTrims, Shared
+from ptv2_core.model.backbones.layers import PlainLayers, Shared
 from ptv2_core.model.backbones.words import after_inputs
 
 SLIDING = "sliding_attention"
 
 
-class Rotary(NeverTrims):
+class Rotary(PlainLayers):
     """How a frozen model with one rotary table is run: EuroBERT and decoders."""
 
     def __init__(self, model: Any, *, is_causal: bool) -> None:
@@ -61,10 +61,6 @@ class Rotary(NeverTrims):
         found: Tensor = self._model.embed_tokens(input_ids)
         return found
 
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None
-
 
 def rotary_encoder(model: Any) -> Rotary:
     """Run a model in which tokens see all others."""
@@ -76,7 +72,7 @@ def rotary_decoder(model: Any) -> Rotary:
     return Rotary(model, is_causal=True)
 
 
-class ModernBert(NeverTrims):
+class ModernBert(PlainLayers):
     """How a frozen ModernBERT is run: global and local layers, each with their own table."""
 
     def __init__(self, model: Any) -> None:
@@ -117,7 +113,3 @@ class ModernBert(NeverTrims):
         """Return the frozen embeddings of tokens, `[..., H]` for `[...]`."""
         found: Tensor = self._model.embeddings.tok_embeddings(input_ids)
         return found
-
-    def pool(self, hidden: Tensor) -> Tensor | None:
-        """Return None: it has no pooler."""
-        return None
