@@ -223,8 +223,8 @@ class SweepSettings(Section):
     workers: int = Field(
         default=2, ge=1, le=1024, description="a whole number of trials side by side, 1 to 1024"
     )
-    engine: Literal["processes", "ray", "dask", "work_pool"] = Field(
-        default="processes", description="processes, ray, dask or work_pool"
+    engine: Literal["processes", "stack", "ray", "dask", "work_pool"] = Field(
+        default="processes", description="processes, stack, ray, dask or work_pool"
     )
     address: Text | None = Field(
         default=None, description="null, where a Ray or Dask cluster listens, or a deployment"
@@ -251,8 +251,8 @@ class SweepSettings(Section):
     def conflicts(self) -> Conflicts:
         """Refuse what the engine has no use for, and databases that cannot be shared."""
         found = []
-        if self.address is not None and self.engine == "processes":
-            found.append(("address", "engine: processes has none; expected null"))
+        if self.address is not None and self.engine in ("processes", "stack"):
+            found.append(("address", f"engine: {self.engine} has none; expected null"))
         if self.storage is not None and not self.storage.startswith(
             ("postgresql://", "postgresql+psycopg2://")
         ):

@@ -63,3 +63,7 @@ class ArtifactError(PTv2Error):
 
 class TrainingError(PTv2Error):
     """A training that cannot go on, such as one whose loss is not finite."""
+
+
+class MemoryRanOutError(TrainingError):
+    """A training whose step, or whose evaluation, needs more memory than there is."""

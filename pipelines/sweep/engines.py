@@ -149,7 +149,7 @@ def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
     """
     if sweep.engine == "work_pool":
         pool.check(sweep)
-    if sweep.engine in ("processes", "work_pool"):
+    if sweep.engine in ("processes", "stack", "work_pool"):
         return ThreadPoolTaskRunner(max_workers=sweep.workers)
     try:
         runner = _ray(sweep) if sweep.engine == "ray" else _dask(sweep)

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from pipelines.paths import TaskPaths
 from pipelines.schema import nested
 from pipelines.settings import TaskSettings, load_settings
@@ -28,6 +26,10 @@ from pipelines.threads import limit_threads
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error
 from ptv2_core.training.checkpoint import Checkpoint
+from ptv2_core.training.records import TrainReport
+from ptv2_core.training.stack import Stack
+from ptv2_core.training.start import check_positions
+from ptv2_core.training.stepping import is_memory
 
 BEATS_PER_TIMEOUT = 4
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -69,16 +71,13 @@ class Trainer:
         Raises:
             PTv2Error: The training cannot go on.
         """
-        checkpoint = Checkpoint(
-            Path(job.checkpoint), every_s=min(self._settings.run.checkpoint_s, job.heartbeat_s)
-        )
         _, reports = start_training(
             self._backbone,
             self._prepared,
             self.config(job),
             start=self._start,
             trunk=self._cache,
-            checkpoint=checkpoint,
+            checkpoint=self._checkpoint(job),
         )
         told = 0
         for report in reports:
@@ -86,13 +85,26 @@ class Trainer:
                 told += 1
                 yield record.epoch, record.dev_score
 
+    def stack(self) -> Stack:
+        """Return a stack for trials of the task."""
+        splits = self._prepared.splits
+        return Stack(
+            self._backbone,
+            task=self._prepared.task,
+            train=splits["train"],
+            dev=splits["dev"],
+            trunk=self._cache,
+        )
 
-def is_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory ran out."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("alloc" in words or "out of memory" in words)
-    )
+    def begin(self, stack: Stack, lane: int, job: Job) -> TrainReport | None:
+        """Begin a job in a lane of such a stack; returns and raises as `Stack.start`."""
+        config = self.config(job)
+        check_positions(self._backbone, config, list(self._prepared.splits.values()))
+        return stack.start(lane, config, start=self._start, checkpoint=self._checkpoint(job))
+
+    def _checkpoint(self, job: Job) -> Checkpoint:
+        every_s = min(self._settings.run.checkpoint_s, job.heartbeat_s)
+        return Checkpoint(Path(job.checkpoint), every_s=every_s)
 
 
 def is_room(error: BaseException | None) -> bool:
@@ -104,35 +116,60 @@ def is_room(error: BaseException | None) -> bool:
     return False
 
 
-class _Pipe:
+class Pipe:
     """Lines to whoever started this process, from any thread."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
+        """Take standard output away from libraries, whose words would be read as messages."""
+        self._stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
         self._lock = threading.Lock()
+        os.dup2(2, 1)
 
     def send(self, message: Mapping[str, Any]) -> None:
+        """Write a line."""
         with self._lock:
             self._stream.write(json.dumps(message) + "\n")
             self._stream.flush()
 
+    def beat(self, job: Job) -> threading.Event:
+        """Say from now on that this process is alive, until what is returned is set."""
+        stop = threading.Event()
+        every_s = job.heartbeat_s / BEATS_PER_TIMEOUT
+        threading.Thread(target=self._beat, args=(every_s, stop), daemon=True).start()
+        return stop
 
-def _beat(pipe: _Pipe, every_s: float, stop: threading.Event) -> None:
-    while not stop.wait(every_s):
-        try:
-            pipe.send({"beat": True})
-        except OSError:
-            os._exit(1)  # nobody listens, and the main thread may train for long yet
+    def _beat(self, every_s: float, stop: threading.Event) -> None:
+        while not stop.wait(every_s):
+            try:
+                self.send({"beat": True})
+            except OSError:
+                os._exit(1)  # nobody listens, and the main thread may train for long yet
 
 
-def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: _Pipe, orders: TextIO) -> None:
+def problem_of(error: Exception) -> dict[str, str]:
+    """Return the message that says what ended a trial: a full disk is no fault of its."""
+    kind = "room" if is_room(error) else "memory" if is_memory(error) else "failed"
+    is_ours = isinstance(error, PTv2Error)
+    return {kind: str(error) if is_ours else f"{type(error).__name__}: {error}"}
+
+
+def trainer_for(job: Job) -> Trainer:
+    """Return what trains a job.
+
+    Raises:
+        PTv2Error: As `Trainer`.
+    """
+    limit_threads(job.workers)
+    settings = load_settings(Path(job.params_file)).task(job.task)
+    return Trainer(settings, Path(job.root))
+
+
+def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: Pipe, orders: TextIO) -> None:
     """Train one job; after each epoch the other side says whether to go on."""
     key = (job.params_file, job.task)
     if key not in trainers:
         trainers.clear()
-        limit_threads(job.workers)
-        settings = load_settings(Path(job.params_file)).task(job.task)
-        trainers[key] = Trainer(settings, Path(job.root))
+        trainers[key] = trainer_for(job)
     for epoch, score in trainers[key].train(job):
         pipe.send({"epoch": epoch, "score": score})
         if orders.readline().strip() != "on":
@@ -142,25 +179,18 @@ def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: _Pipe, orde
 
 def main() -> None:
     """Serve until standard input ends."""
-    orders = sys.stdin
-    # what libraries print would be read as messages
-    pipe = _Pipe(os.fdopen(os.dup(1), "w", encoding="utf-8"))
-    os.dup2(2, 1)
+    orders, pipe = sys.stdin, Pipe()
     trainers: dict[tuple[str, str], Trainer] = {}
     while line := orders.readline():
-        job = Job(**json.loads(line))
-        stop = threading.Event()
-        every_s = job.heartbeat_s / BEATS_PER_TIMEOUT
-        threading.Thread(target=_beat, args=(pipe, every_s, stop), daemon=True).start()
+        job = Job.loads(line)
+        stop = pipe.beat(job)
         try:
             _serve(job, trainers, pipe, orders)
         except BrokenPipeError:
             return
         except Exception as error:
-            # whatever it is, it ends this trial and not the sweep; a full disk is no fault of its
-            kind = "room" if is_room(error) else "memory" if is_memory(error) else "failed"
-            is_ours = isinstance(error, PTv2Error)
-            pipe.send({kind: str(error) if is_ours else f"{type(error).__name__}: {error}"})
+            # whatever it is, it ends this trial and not the sweep
+            pipe.send(problem_of(error))
         finally:
             stop.set()
 

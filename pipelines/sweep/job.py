@@ -19,6 +19,7 @@ class Job:
         halvings: How often batches were halved for want of memory.
         workers: How many trials run side by side on this machine.
         heartbeat_s: Silence after which the host is taken for dead.
+        shares_forward: Whether it trains in a stack, with what else trains on this machine.
     """
 
     params_file: str
@@ -30,7 +31,13 @@ class Job:
     halvings: int = 0
     workers: int = 1
     heartbeat_s: float = 60.0
+    shares_forward: bool = False
 
     def dumps(self) -> str:
         """Return the job as a line."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, line: str) -> "Job":
+        """Return the job of a line."""
+        return cls(**json.loads(line))

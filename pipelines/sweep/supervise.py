@@ -1,13 +1,10 @@
 """One trial, whatever happens to the process that trains it: its end is told once.
 
 The same on every engine: a thread of the sweep, a Ray worker or a Dask worker supervises a host
-(`pipelines.sweep.host`) of its own, which it starts again where it dies.
+(`pipelines.sweep.host`) of its own, which it starts again where it dies. In a stack all threads of
+a sweep share one (`pipelines.sweep.stack_host`), each with a seat of its own.
 """
 
-import json
-import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import PipelineError
-from pipelines.settings import child_environment
+from pipelines.sweep.hosts import Host, Shared, Trains
 from pipelines.sweep.job import Job
-from pipelines.threads import thread_environment
 
 OnEpoch = Callable[[int, float], bool]
 """Called with an epoch and its score; returns whether the trial is to be given up."""
@@ -49,91 +45,15 @@ class NoRoomError(PipelineError):
     """A disk is full: no trial can go on, and none is at fault."""
 
 
-class Host:
-    """A running host, and the lines it sends."""
-
-    def __init__(self, job: Job) -> None:
-        """Start it."""
-        command = [sys.executable, "-m", "pipelines.sweep.host"]
-        self._process = subprocess.Popen(
-            command,
-            cwd=job.root,
-            env=child_environment(defaults=thread_environment(job.workers)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # Ctrl-C is for the sweep, which ends its hosts
-            start_new_session=True,
-        )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.has_spoken = False
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """The process."""
-        return self._process.pid
-
-    def send(self, line: str) -> None:
-        """Write a line; a host that is gone is noticed by `receive`."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            return
-
-    def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """Return its next message; None where it is gone, or silent for so long.
-
-        Raises:
-            TimeoutError: It is silent.
-        """
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError from None
-        if not line.endswith("\n"):
-            return None  # the end, or a line that was cut off
-        self.has_spoken = True
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def kill(self) -> int:
-        """End it, stopped or not; returns its exit code."""
-        self._process.kill()
-        code = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except OSError:
-                continue  # what was left to write to it is lost with it
-        return code
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        try:
-            for line in self._process.stdout:
-                self._lines.put(line)
-        except ValueError:
-            pass  # closed while reading
-        self._lines.put("")
-
-
 class Supervisor:
     """Hosts of one process, at most one a thread, kept from trial to trial."""
 
     def __init__(self) -> None:
         """Start nothing yet."""
         self._lock = threading.Lock()
-        self._idle: list[Host] = []
-        self._busy: set[Host] = set()
+        self._idle: list[Trains] = []
+        self._busy: set[Trains] = set()
+        self._shared: Shared | None = None
         self._is_over = False
 
     def run(
@@ -160,11 +80,11 @@ class Supervisor:
         died, told, notes = 0, 0, list[str]()
         while True:
             host = self._take(job)
-            host.send(job.dumps())
+            host.begin(job)
             try:
                 state, why, told = self._follow(host, job, on_epoch, told)
             except BaseException:
-                self._drop(host)
+                self._leave(host)
                 raise
             if state in ("complete", "pruned"):
                 self._keep(host)
@@ -198,7 +118,7 @@ class Supervisor:
                 notes.append("batches halved, since its process was killed twice")
                 Path(job.checkpoint).unlink(missing_ok=True)
 
-    def _follow(self, host: Host, job: Job, on_epoch: OnEpoch, told: int) -> tuple[str, str, int]:
+    def _follow(self, host: Trains, job: Job, on_epoch: OnEpoch, told: int) -> tuple[str, str, int]:
         """Return the state that a host's messages end in, why, and the epochs told so far."""
         while True:
             try:
@@ -211,7 +131,7 @@ class Supervisor:
                 epoch = int(message["epoch"])
                 is_over = epoch > told and on_epoch(epoch, float(message["score"]))
                 told = max(told, epoch)
-                host.send("stop" if is_over else "on")
+                host.say("stop" if is_over else "on")
                 if is_over:
                     return "pruned", "", told
             elif "end" in message:
@@ -232,7 +152,7 @@ class Supervisor:
         for host in hosts:
             host.kill()
 
-    def _take(self, job: Job) -> Host:
+    def _take(self, job: Job) -> Trains:
         with self._lock:
             if self._is_over:
                 raise PipelineError("the sweep is ending")
@@ -242,16 +162,27 @@ class Supervisor:
                     self._busy.add(host)
                     return host
                 host.kill()
-            host = Host(job)
+            host = self._seat(job) if job.shares_forward else Host(job)
             self._busy.add(host)
             return host
 
-    def _keep(self, host: Host) -> None:
+    def _seat(self, job: Job) -> Trains:
+        """Return a seat in the process that all share, which is started again where it died."""
+        if self._shared is None or not self._shared.is_alive:
+            self._shared = Shared(job)
+        return self._shared.seat()
+
+    def _leave(self, host: Trains) -> None:
+        with self._lock:
+            self._busy.discard(host)
+        host.leave()
+
+    def _keep(self, host: Trains) -> None:
         with self._lock:
             self._busy.discard(host)
             self._idle.append(host)
 
-    def _drop(self, host: Host) -> int:
+    def _drop(self, host: Trains) -> int:
         with self._lock:
             self._busy.discard(host)
         return host.kill()

@@ -31,6 +31,7 @@ from pipelines.sweep.training import Order
 from pipelines.sweep.trials import LOST, Asked, SweepStudy
 from pipelines.sweep.urls import host_and_port, with_driver
 from ptv2_core.errors import ConfigError
+from ptv2_core.training.stack import check_shares_forward
 
 LOOK_S = 1.0
 """How often what runs is looked at, for those who watch."""
@@ -84,6 +85,7 @@ class Sweep:
     def order(self, asked: Asked, *, seed: int | None = None) -> Order:
         """Return the training of a trial; with a seed, that of a finalist."""
         name = f"trial-{asked.number}" + ("" if seed is None else f"-seed-{seed}")
+        shares = self.sweep.engine == "stack"
         return Order(
             url=self.url,
             study=self.study.name,
@@ -98,8 +100,9 @@ class Sweep:
                 params=asked.params,
                 checkpoint=str(self.folder / f"{name}.safetensors"),
                 seed=seed,
-                workers=self.sweep.workers,
+                workers=1 if shares else self.sweep.workers,
                 heartbeat_s=self.sweep.heartbeat_s,
+                shares_forward=shares,
             ),
         )
 
@@ -317,6 +320,8 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
     prepared = Prepared.load(paths.prepared)
     backbone = backbone_for(chosen, prepared)
     check_space(chosen, backbone, prepared)
+    if sweep.engine == "stack":
+        check_shares_forward(chosen.train)
     start = load_start(chosen, prepared, paths, backbone)
     name = study_name(chosen, prepared, backbone_identity(chosen), start)
     del backbone  # hosts have their own
@@ -343,7 +348,7 @@ def _held(study: SweepStudy, paths: TaskPaths) -> Iterator[SweepStudy]:
 @contextmanager
 def _reachable_url(url: str, sweep: SweepSettings, paths: TaskPaths) -> Iterator[str]:
     """Yield the URL under which all trials reach the study's database, wherever they train."""
-    if sweep.engine == "processes" or not url.startswith("sqlite"):
+    if sweep.engine in ("processes", "stack") or not url.startswith("sqlite"):
         yield url
         return
     # the address of a work pool is a name, and its workers on other machines need PostgreSQL

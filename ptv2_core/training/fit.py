@@ -9,9 +9,10 @@ from ptv2_core.errors import TrainingError
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
-from ptv2_core.training.learner import Learner, take_step
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.records import TrainReport
 from ptv2_core.training.sources import Source
+from ptv2_core.training.stepping import take_step
 from ptv2_core.training.trunk import TrunkCache
 
 

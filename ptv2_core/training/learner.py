@@ -116,7 +116,8 @@ class Learner:
             for source in sources
         ]
         slot = sources[0].slot if len(sources) == 1 else None
-        self._parameters = dict(model.trainable(slot))
+        # under the names of slot 0, so that a checkpoint goes on in any
+        self._parameters = {_in_first(name, slot): p for name, p in model.trainable(slot)}
         self._optimizer = make_optimizer(self._parameters, config)
         self._best = Best(self._parameters)
         self._losses: list[float] = []
@@ -199,6 +200,10 @@ class Learner:
             start_layers=self._watch.start if self._watch else (),
         )
         return self._end_epoch(report) if self._place == len(self._batches) else report
+
+    def forget_gradients(self) -> None:
+        """Leave a step that was not taken as if it had not begun."""
+        self._optimizer.zero_grad(set_to_none=True)
 
     def restore_best(self) -> None:
         """Give the slot the weights of the best epoch so far."""
@@ -411,41 +416,13 @@ def together(evaluations: Mapping[str, Evaluation]) -> Evaluation:
     )
 
 
-def take_step(
-    model: PromptedModel, learners: Sequence[Learner]
-) -> list[TrainReport | TrainingError]:
-    """Take one step of each learner in one forward and one backward pass.
-
-    Args:
-        model: Holds their slots.
-        learners: None of them done, and with backbone dropout one alone.
-
-    Returns:
-        For each its report, or why its step was not taken; that of the others was.
-    """
-    model.train()
-    works = [learner.next_work() for learner in learners]
-    config = learners[0].config
-    with model.backbone.dropout(learners[0].seed if config.backbone_dropout else None):
-        recompute = any(learner.config.gradient_checkpointing for learner in learners)
-        values = [0.0] * len(works)
-        busy = [place for place, work in enumerate(works) if len(work.batch.rows)]
-        if busy:
-            answers = model.answer([works[place].part for place in busy], recompute=recompute)
-            losses = [
-                works[place].loss(logits) for place, logits in zip(busy, answers, strict=True)
-            ]
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-            for place, loss in zip(busy, losses, strict=True):
-                values[place] = float(loss.detach())
-    results: list[TrainReport | TrainingError] = []
-    for learner, value in zip(learners, values, strict=True):
-        try:
-            results.append(learner.finish(value))
-        except TrainingError as error:
-            results.append(error)
-    return results
-
-
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step + 1]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _in_first(name: str, slot: int | None) -> str:
+    """Return what the parameter of a slot is called in slot 0."""
+    for owner in ("bank.slots.", "heads."):
+        if slot is not None and name.startswith(f"{owner}{slot}."):
+            return f"{owner}0.{name.removeprefix(f'{owner}{slot}.')}"
+    return name

@@ -23,8 +23,8 @@ from ptv2_core.model.heads import Reading
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
-from ptv2_core.training.learner import take_step
 from ptv2_core.training.records import TrainReport
+from ptv2_core.training.stepping import take_step
 from tests.core import oracle
 from tests.core.training_parts import Bench, learner_of, of_method, settings
 from tests.tiny import encode_for, examples_of, open_backbone, task_of, tiny_model

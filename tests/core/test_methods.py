@@ -21,9 +21,10 @@ from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.packing import PackedLinear, can_pack
 from ptv2_core.model.prompted import Part, PromptedModel
 from ptv2_core.model.prompts import NO_SLOT, InputPrompt, PromptBank
-from ptv2_core.training.learner import Learner, take_step
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.sources import Source
 from ptv2_core.training.start import MAX_FINETUNING_RATE, check_positions, new_slot
+from ptv2_core.training.stepping import take_step
 from ptv2_core.training.trunk import TrunkCache
 from tests.core.training_parts import (
     Bench,

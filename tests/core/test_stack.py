@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from ptv2_core.config import TrainConfig
-from ptv2_core.errors import ConfigError, TrainingError
+from ptv2_core.errors import ConfigError, MemoryRanOutError, TrainingError
+from ptv2_core.training import learner as learner_module
+from ptv2_core.training import stack as stack_module
+from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import TrainReport
+from ptv2_core.training.learner import Learner
 from ptv2_core.training.stack import Stack
+from ptv2_core.training.stepping import compute_gradients
 from ptv2_core.training.trunk import TrunkCache
 from tests.core.training_parts import Bench, assert_close, assert_equal, settings, weights
 from tests.core.workers import count_runs
@@ -321,3 +326,166 @@ def test_stack_leaves_the_backbone_and_the_random_state_alone(backbone_folder: F
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in bench.backbone.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# Checkpoints
+
+
+def kept(folder: Path, number: int) -> Checkpoint:
+    """Return a trial's checkpoint, written after every step."""
+    return Checkpoint(folder / f"{number}.safetensors", every_steps=1)
+
+
+def test_stack_trial_goes_on_from_its_checkpoint_in_another_lane(
+    backbone_folder: Folder, tmp_path: Path
+) -> None:
+    bench = Bench(backbone_folder("bert"))
+    trials = [Trial(settings(**changes)) for changes in TRIALS[:4]]
+    dead = stack_of(bench)
+    for lane, trial in enumerate(trials):
+        assert dead.start(lane, trial.config, checkpoint=kept(tmp_path, lane)) is None
+    for _ in range(3):
+        for lane, result in dead.advance().items():
+            assert isinstance(result, TrainReport)
+            trials[lane].reports.append(result)
+    stack = stack_of(bench)
+    for lane, number in enumerate((2, 0, 3, 1)):
+        resumed = stack.start(lane, trials[number].config, checkpoint=kept(tmp_path, number))
+        assert resumed is not None
+        assert (resumed.step, resumed.is_resumed) == (3, True)
+    while stack.lanes:
+        for lane, result in stack.advance().items():
+            number = (2, 0, 3, 1)[lane]
+            assert isinstance(result, TrainReport)
+            trials[number].reports.append(result)
+            if lane not in stack.lanes:
+                trials[number].weights = weights(stack.model, lane)
+    for trial in trials:
+        assert_as_alone(bench, trial)
+
+
+def test_stack_trial_that_was_done_is_done_again(backbone_folder: Folder, tmp_path: Path) -> None:
+    bench = Bench(backbone_folder("bert"), rows=(24, 12))
+    first, again = stack_of(bench), stack_of(bench)
+    first.start(0, settings(), checkpoint=kept(tmp_path, 0))
+    last = None
+    while first.lanes:
+        last = report_of(first.advance(), 0)
+    resumed = again.start(0, settings(), checkpoint=kept(tmp_path, 0))
+    assert again.lanes == ()
+    assert resumed is not None
+    assert last is not None
+    assert resumed.history == last.history
+    assert_equal(weights(again.model), weights(first.model))
+
+
+def test_stack_checkpoint_is_one_that_a_training_alone_goes_on_from(
+    backbone_folder: Folder, tmp_path: Path
+) -> None:
+    bench = Bench(backbone_folder("bert"))
+    config = settings(prompt={"length": 4, "dropout": 0.2})
+    stack = stack_of(bench)
+    stack.start(0, settings(seed=9))
+    stack.start(1, config, checkpoint=kept(tmp_path, 1))
+    for _ in range(3):
+        stack.advance()
+    model = bench.model(config)
+    reports = list(bench.start(model, config, checkpoint=kept(tmp_path, 1)))
+    assert (reports[0].is_resumed, reports[0].step) == (True, 3)
+    whole, _ = bench.run(config)
+    assert_close(weights(model), weights(whole), atol=WEIGHT_ATOL)
+
+
+def test_stack_trial_whose_checkpoint_finds_no_room_leaves_the_others_as_alone(
+    backbone_folder: Folder, tmp_path: Path
+) -> None:
+    bench = Bench(backbone_folder("bert"))
+    stack, trial = stack_of(bench), Trial(settings(seed=4))
+    stack.start(0, trial.config)
+    (tmp_path / "1.safetensors").mkdir()
+    (tmp_path / "1.safetensors" / "in-the-way").touch()
+    stack.start(1, settings(), checkpoint=kept(tmp_path, 1))
+    while stack.lanes:
+        results = stack.advance()
+        trial.reports.append(report_of(results, 0))
+        if len(trial.reports) == 1:
+            assert "the checkpoint could not be written" in str(results[1])
+            assert stack.lanes == (0,)
+    trial.weights = weights(stack.model, 0)
+    assert_as_alone(bench, trial)
+
+
+# Memory
+
+
+def test_stack_parts_its_forward_where_memory_runs_out(
+    backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(backbone_folder("bert"))
+    sizes: list[int] = []
+
+    def compute(model: Any, learners: Any) -> list[float]:
+        sizes.append(len(learners))
+        losses = compute_gradients(model, learners)  # whose gradients are of no step
+        if len(learners) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    monkeypatch.setattr(stack_module, "compute_gradients", compute)
+    configs = [settings(seed=seed, prompt={"length": 3 + seed}) for seed in range(5)]
+    trials = run_all(stack_of(bench), configs, lanes=5)
+    assert sizes[:5] == [5, 3, 2, 1, 2]
+    assert max(sizes[5:]) == 2
+    for trial in trials:
+        assert_as_alone(bench, trial)
+
+
+def test_stack_trial_that_is_too_large_by_itself_leaves_the_others_as_alone(
+    backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(backbone_folder("bert"))
+
+    def compute(model: Any, learners: list[Learner]) -> list[float]:
+        if any(learner.config.seed == 1 for learner in learners):
+            raise MemoryError("no room for a batch")
+        return compute_gradients(model, learners)
+
+    monkeypatch.setattr(stack_module, "compute_gradients", compute)
+    trials = [Trial(settings(seed=seed)) for seed in range(3)]
+    stack = stack_of(bench)
+    for lane, trial in enumerate(trials):
+        stack.start(lane, trial.config)
+    first = stack.advance()
+    assert isinstance(first[1], MemoryRanOutError)
+    assert str(first[1]) == "MemoryError: no room for a batch"
+    trials[0].reports.append(report_of(first, 0))
+    trials[2].reports.append(report_of(first, 2))
+    while stack.lanes:
+        for lane, result in stack.advance().items():
+            trials[lane].reports.append(report_of({lane: result}, lane))
+    for lane in (0, 2):
+        trials[lane].weights = weights(stack.model, lane)
+        assert_as_alone(bench, trials[lane])
+
+
+def test_stack_trial_whose_evaluation_is_too_large_leaves_the_others(
+    backbone_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(backbone_folder("bert"), rows=(24, 12))
+    evaluate = learner_module.evaluate_model
+
+    def hungry(*given: Any, slot: int, **options: Any) -> Any:
+        if slot == 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return evaluate(*given, slot=slot, **options)
+
+    monkeypatch.setattr(learner_module, "evaluate_model", hungry)
+    stack = stack_of(bench)
+    stack.start(0, settings())
+    stack.start(1, settings())
+    ends = []
+    while stack.lanes:
+        ends.append(stack.advance())
+    failed = [results[0] for results in ends if isinstance(results.get(0), MemoryRanOutError)]
+    assert len(failed) == 1
+    assert report_of(ends[-1], 1).epoch == 2

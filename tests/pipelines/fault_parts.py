@@ -213,6 +213,8 @@ def _record(root: Path) -> Path:
 
 # What runs in the nursery and below
 
+HOSTS = ("pipelines.sweep.host", "pipelines.sweep.stack_host")
+
 
 def _limit_files(size_bytes: int | None) -> None:
     """Set or lift a limit; the hard one stays, so that children may differ."""
@@ -224,7 +226,8 @@ def _limit_memory(further_bytes: int) -> None:
     """Let this process take so much more, and every row of a batch much of it."""
     import torch
 
-    from pipelines.sweep.host import Job, Trainer
+    from pipelines.sweep.host import Trainer
+    from pipelines.sweep.job import Job
 
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + further_bytes, now + further_bytes))
@@ -245,7 +248,7 @@ def _as_started() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _be_host(variables: Mapping[str, str], order: Mapping[str, Any]) -> NoReturn:
+def _be_host(module: str, variables: Mapping[str, str], order: Mapping[str, Any]) -> NoReturn:
     """Be a host: pipes and folder are those of a child that is about to start its program."""
     code = 1
     try:
@@ -258,9 +261,7 @@ def _be_host(variables: Mapping[str, str], order: Mapping[str, Any]) -> NoReturn
         os.environ.clear()
         os.environ.update(variables)
         sys.stdin = os.fdopen(0, encoding="utf-8")
-        from pipelines.sweep import host
-
-        host.main()
+        importlib.import_module(module).main()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -271,7 +272,7 @@ def _be_host(variables: Mapping[str, str], order: Mapping[str, Any]) -> NoReturn
 def _coordinate(order: Mapping[str, Any]) -> int:
     """Sweep; returns the exit code, as the command line would."""
     from pipelines.settings import load_settings
-    from pipelines.sweep import finishing, supervise
+    from pipelines.sweep import finishing, hosts
     from ptv2_core.errors import PTv2Error
     from ptv2_core.files import write_json_atomic
     from tests.pipelines.sweep_engine import run_sweep
@@ -280,12 +281,12 @@ def _coordinate(order: Mapping[str, Any]) -> int:
     start = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
-        if command[-1] != "pipelines.sweep.host":
+        if command[-1] not in HOSTS:
             return start(command, **options)
-        hatch = functools.partial(_be_host, dict(options["env"]), order)
+        hatch = functools.partial(_be_host, command[-1], dict(options["env"]), order)
         return start(command, preexec_fn=hatch, **options)
 
-    supervise.subprocess.Popen = popen  # type: ignore[misc, assignment]
+    hosts.subprocess.Popen = popen  # type: ignore[misc, assignment]
     _limit_files(order["file_limit"])
     try:
         record = run_sweep(root, **order["changes"])
@@ -349,7 +350,8 @@ def _train_once(root: Path) -> None:
     """Do in one process what a coordinator and a host do."""
     from pipelines.settings import load_settings
     from pipelines.sweep import finishing
-    from pipelines.sweep.host import Job, Trainer
+    from pipelines.sweep.host import Trainer
+    from pipelines.sweep.job import Job
     from tests.pipelines.sweep_parts import sweep, trial
 
     os.chdir(root)

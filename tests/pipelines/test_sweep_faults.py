@@ -117,12 +117,21 @@ class Fire:
         return self.hosts + self.coordinators
 
     def sweep(
-        self, warm: Nursery, root: Path, kills: int, *, workers: int, finish: bool
+        self,
+        warm: Nursery,
+        root: Path,
+        kills: int,
+        *,
+        workers: int,
+        finish: bool,
+        engine: str = "processes",
     ) -> SweepRecord:
         """Sweep to the end, with so many kills on the way."""
         left = kills
         while True:
-            coordinator = warm.start(root, workers=workers, retries=100, finish=finish)
+            coordinator = warm.start(
+                root, workers=workers, retries=100, finish=finish, engine=engine
+            )
             # a trial whose host is killed twice trains smaller batches: another training
             next_host = 0
             while left and coordinator.code() is None:
@@ -181,6 +190,17 @@ def test_sweep_ends_with_exactly_its_trials_whatever_is_killed(
         shutil.rmtree(root)
         count += 1
     print(f"{count} sweeps, {fire.coordinators} coordinators and {fire.hosts} hosts killed")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_sweep_in_one_forward_ends_with_exactly_its_trials_whatever_is_killed(
+    warm: Nursery, root: Path, undisturbed: SweepRecord, workers: int
+) -> None:
+    fire = Fire(seed=workers)
+    record = fire.sweep(warm, root, 4, workers=workers, finish=False, engine="stack")
+    check_is_exact(record, root)
+    if workers == 1:
+        assert essence(record) == essence(undisturbed)
 
 
 def test_sweep_draws_on_as_it_would_have_where_it_died_while_it_drew(

@@ -17,13 +17,16 @@ from pipelines.settings import load_settings
 from pipelines.stages.lanes import trial_config
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, start_training
-from pipelines.sweep import supervise, training
-from pipelines.sweep.host import Job, Trainer, is_memory
+from pipelines.sweep import hosts, training
+from pipelines.sweep.host import Trainer
+from pipelines.sweep.hosts import Trains
+from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
-from pipelines.sweep.supervise import Host, Supervisor
+from pipelines.sweep.supervise import Supervisor
 from pipelines.sweep.sweeping import Look, overlaid
 from pipelines.sweep.training import Order
-from ptv2_core.errors import ConfigError
+from ptv2_core.errors import ConfigError, MemoryRanOutError
+from ptv2_core.training.stepping import is_memory
 from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep, sweep_workspace
 from tests.stage_parts import change_params
 
@@ -52,7 +55,7 @@ def swept(
     return root, run_sweep(root, on_look=looks.append, workers=1), looks
 
 
-def host_of(order: Order) -> Host:
+def host_of(order: Order) -> Trains:
     """Return the process that trains, once there is one."""
     supervisor = training.supervisor(order.study)
     while True:
@@ -250,6 +253,7 @@ def test_host_halves_batches_for_want_of_memory(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("size mismatch"), False),
+        (MemoryRanOutError("batches of 64"), True),
         (ValueError("out of memory"), False),
     ],
 )
@@ -267,12 +271,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Jo
         "job = json.loads(sys.stdin.readline())\n"
         "def say(**m): print(json.dumps(m), flush=True)\n" + script
     )
-    started: Callable[..., Any] = supervise.subprocess.Popen
+    started: Callable[..., Any] = hosts.subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
         return started([command[0], str(program)], **options)
 
-    monkeypatch.setattr(supervise.subprocess, "Popen", popen)
+    monkeypatch.setattr(hosts.subprocess, "Popen", popen)
     return Job(
         params_file="", root=str(tmp_path), task="t", params={}, checkpoint=str(tmp_path / "c")
     )
