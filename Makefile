@@ -23,10 +23,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-faults check format bench bench-train bench-sweep bench-serve bench-load bench-soak up containers clean
+.PHONY: help setup demo test test-all test-versions test-faults check format bench bench-train bench-sweep bench-serve bench-load bench-soak up containers clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the locked versions; does nothing when it is up to date
 
@@ -50,6 +50,9 @@ test: setup ## Run all tests but the long ones (over two minutes)
 
 test-all: setup ## Run all tests, the long ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
+
+test-versions: setup ## Run what touches Transformers under its oldest and its newest supported version
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/nox $(if $(ARGS),-- $(ARGS))
 
 test-faults: setup ## Kill, stop and starve sweeps some 200 times, and see that they lose nothing (10 minutes)
 	$(BIN)/python -m pytest -m "" -s tests/pipelines/test_sweep_faults.py $(ARGS)

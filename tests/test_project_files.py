@@ -10,12 +10,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ptv2_core.model.backbones.families import TESTED_VERSIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 MAKE_TARGETS = {
     "setup",
     "demo",
     "test",
     "test-all",
+    "test-versions",
     "test-faults",
     "check",
     "format",
@@ -65,6 +68,20 @@ def test_constraints_lock_every_dependency_within_its_range() -> None:
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} is not in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement} and {version}"
+
+
+def test_versions_of_transformers_that_are_tested_are_those_that_are_allowed() -> None:
+    (spec,) = (text for text in pyproject()["project"]["dependencies"] if "transformers" in text)
+    (locked,) = re.findall(r"^transformers==(\d+\.\d+)\.", read("constraints.txt"), flags=re.M)
+    oldest, newest = TESTED_VERSIONS
+    assert spec == f"transformers>={oldest}"
+    assert newest == locked
+    # `make test-versions` gives each an environment with the same extras
+    (extras,) = re.findall(r'^EXTRAS = "([a-z,]+)"$', read("noxfile.py"), flags=re.M)
+    assert f"-e '.[{extras}]'" in read("Makefile")
+    tests = re.findall(r'^    "(tests/.+)",$', read("noxfile.py"), flags=re.M)
+    assert "tests/core" in tests
+    assert all((ROOT / name).exists() for name in tests)
 
 
 def test_the_command_is_declared() -> None:

@@ -74,6 +74,15 @@ class Codec:
         self._decoding = decoding or {}
         self._token_types = token_types
 
+    @property
+    def padding_id(self) -> int:
+        """The token that rows are padded with: the tokenizer's, or its end of text, or the first.
+
+        No model here reads it; others tell by it where a row ends.
+        """
+        named = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        return next((token for token in named if isinstance(token, int)), 0)
+
     def encode(self, inputs: Sequence[Mapping[str, Any]]) -> Asked:
         """Return inputs as rows.
 

@@ -16,11 +16,11 @@ from ptv2_core.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from ptv2_core.interchange import folder, heads
+from ptv2_core.interchange import folder, heads, limits
 from ptv2_core.interchange.readme import readme
 from ptv2_core.manifest import Manifest
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.task_models import CLASSIFIERS, pooler_of
+from ptv2_core.model.backbones.task_models import TASK_MODELS, padding_id, pooler_of, states_width
 from ptv2_core.model.heads import Reading, reading_for
 
 
@@ -70,15 +70,17 @@ def export_peft(
     predictor = Predictor.load(source, backbone_name=backbone_name, device="cpu", precision="fp32")
     backbone = predictor.model.backbone
     spec = backbone.spec
-    if spec.model_type not in CLASSIFIERS:
+    if spec.model_type not in TASK_MODELS:
         raise ArtifactError(
-            f"{source}: expected a backbone of type {', '.join(CLASSIFIERS)}, whose answers were "
+            f"{source}: expected a backbone of type {', '.join(TASK_MODELS)}, whose answers were "
             f"compared with PEFT's, got {spec.model_type}"
         )
     predictor.verify_golden()
     weights = load_weights(source, manifest)
     assert weights.prompt is not None, "a prompt of ptv2 has one"
+    _check_window(manifest, backbone, source)
     head = _head(manifest, weights, backbone, source) if with_head else {}
+    padding = _padding(manifest, predictor, source) if with_head else None
     config = folder.AdapterConfig(
         task_type=heads.TASK_TYPES[manifest.task.form] if with_head else "FEATURE_EXTRACTION",
         base_model=base_model or spec.name,
@@ -86,7 +88,7 @@ def export_peft(
         prompt_length=manifest.prompt.length,
         num_layers=spec.shape.num_layers,
         num_heads=spec.shape.num_heads,
-        width=spec.hidden_size,
+        width=spec.shape.num_heads * spec.shape.head_size,
         peft_version=None,
     )
     drops_types = _drops_types(manifest, config, predictor)
@@ -97,12 +99,22 @@ def export_peft(
             "does"
         )
     data = folder.weights_bytes(weights.prompt, head)
-    notes = _notes(manifest, config, head, spec.model_type, drops_types=drops_types)
+    column = heads.layer_with_column(head, spec.model_type, spec.hidden_size)
+    notes = _notes(
+        manifest, config, head, backbone, drops_types=drops_types, padding=padding, column=column
+    )
     with replace_directory(directory) as temporary:
         write_bytes_atomic(temporary / folder.WEIGHTS_FILE, data)
         saved = config.to_mapping(heads.modules_to_save(head))
         write_json_atomic(temporary / folder.CONFIG_FILE, saved)
-        text = readme(manifest, config, notes, drops_types=drops_types)
+        text = readme(
+            manifest,
+            config,
+            notes,
+            drops_types=drops_types,
+            pad_token_id=padding if padding != padding_id(backbone) else None,
+            column_layer=column,
+        )
         write_text_atomic(temporary / folder.README_FILE, text)
     return Exported(
         directory=directory, task_type=config.task_type, size_bytes=len(data), notes=notes
@@ -159,6 +171,7 @@ def _head(
 ) -> Mapping[str, Tensor]:
     """Return the head as PEFT stores it."""
     try:
+        limits.check_width(backbone)
         head = heads.to_peft(
             weights.head_weight,
             weights.head_bias,
@@ -175,17 +188,41 @@ def _head(
     return head
 
 
+def _check_window(manifest: Manifest, backbone: Backbone, source: Path) -> None:
+    """Refuse rows whose ends PEFT would not let see the prompt."""
+    try:
+        limits.check_window(backbone, manifest.prompt.length, manifest.encoding["max_length"])
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+
+
+def _padding(manifest: Manifest, predictor: Predictor, source: Path) -> int | None:
+    """Return the token that rows must be padded with; None: any."""
+    reads_last = manifest.task.form in ("rows", "values") and _reads(manifest) == "last"
+    if not reads_last:
+        return None
+    named = padding_id(predictor.model.backbone)
+    padding = predictor.codec.padding_id if named is None else named
+    try:
+        limits.check_ends(predictor, [example["input"] for example in manifest.golden], padding)
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from error
+    return padding
+
+
 def _notes(
     manifest: Manifest,
     config: folder.AdapterConfig,
     head: Mapping[str, Tensor],
-    model_type: str,
+    backbone: Backbone,
     *,
     drops_types: bool,
+    padding: int | None,
+    column: str | None,
 ) -> tuple[str, ...]:
     """Return what the one who loads it must know."""
     found = []
-    if heads.is_scaled(head, model_type):
+    if heads.is_scaled(head, backbone.spec.model_type):
         found.append(
             "The head reads the first token itself. The model has a layer in between, which here "
             "passes states on times 2^-30: exact in fp32 and bf16, lost in fp16."
@@ -195,6 +232,21 @@ def _notes(
         found.append(
             "There is no head here: the model gives hidden states. That of the prompt (head.weight "
             f"and head.bias in prompt.safetensors) reads {READINGS[reads]}."
+        )
+        if states_width(backbone) != backbone.spec.hidden_size:
+            found.append(
+                f"The model projects its states to {states_width(backbone)} numbers; that head "
+                f"reads them as they were before, of {backbone.spec.hidden_size}."
+            )
+    if column is not None:
+        found.append(
+            f"The head's bias is the last column of {column}.weight, for which the model has no "
+            "place; the README's code makes one, and PEFT refuses the adapter without it."
+        )
+    if padding is not None:
+        found.append(
+            f"The last token that is not {padding} answers: pad with it, and let no row end with "
+            "it."
         )
     if manifest.task.form == "spans":
         found.append("ptv2 also hides padding from the answer, which PEFT's model does not.")
@@ -208,6 +260,8 @@ def _notes(
 
 def _drops_types(manifest: Manifest, config: folder.AdapterConfig, predictor: Predictor) -> bool:
     """Tell whether inputs have token types that PEFT, which takes them, does not hand on."""
+    if predictor.model.backbone.spec.is_causal:  # a decoder has none
+        return False
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return False
     inputs = [example["input"] for example in manifest.golden]
@@ -224,5 +278,6 @@ READINGS: Mapping[Reading, str] = {
     "cls": "the first token",
     "pooler": "the backbone's pooler",
     "mean": "the mean over all tokens but padding",
+    "last": "the last token but padding",
     "mask": "the mask token through the language model's transform",
 }

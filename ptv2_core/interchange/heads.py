@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptv2_core.data.tasks import Form
 from ptv2_core.errors import ArtifactError
-from ptv2_core.model.backbones.task_models import CLASSIFIERS, Classifier
+from ptv2_core.model.backbones.task_models import TASK_MODELS, FirstToken, LastToken
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 Reads = Literal["cls", "pooler", "mean", "last", "mask"]
@@ -24,8 +24,6 @@ TASK_TYPES: Mapping[Form, TaskType] = {
     "tokens": "TOKEN_CLS",
     "spans": "QUESTION_ANS",
 }
-# the layer that answers each token
-TOKEN_LAYERS: Mapping[TaskType, str] = {"TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
 
 # Times a state this is so small that tanh(x) = x and GELU(x) = x / 2 to the last bit of fp32; a
 # power of two, so that multiplying and dividing by it rounds nothing.
@@ -61,9 +59,13 @@ def to_peft(
             f"task of texts, words or questions; {_WITHOUT_HEAD}"
         )
     task_type = TASK_TYPES[form]
-    if task_type in TOKEN_LAYERS:
-        return _named(TOKEN_LAYERS[task_type], weight, bias)
-    classifier = CLASSIFIERS[model_type]
+    if task_type != "SEQ_CLS":
+        return _named(_token_layer(task_type, model_type), weight, bias)
+    classifier = TASK_MODELS[model_type].rows
+    if isinstance(classifier, LastToken):
+        if reads != "last":
+            raise _reads_other(reads, model_type, place="last", setting="last")
+        return {f"{classifier.layer}.weight": _with_column(weight, bias)}
     if reads == "cls":
         # through a layer and an activation that change nothing but the size
         states = torch.eye(weight.shape[1]) * SMALL
@@ -72,22 +74,22 @@ def to_peft(
     if reads == "pooler" and pooler is not None and classifier.is_tanh:
         before = {} if classifier.has_pooler else _named(classifier.dense, *pooler)
         return {**before, **_named(classifier.last, weight, bias)}
-    what = {
-        "mean": "the mean over all tokens",
-        "mask": "the mask token through the language model",
-        "pooler": "a pooler",
-    }[reads]
-    raise ArtifactError(
-        f"the head reads {what}, but Transformers' {model_type} model for sequence classification "
-        "reads the first token alone, so PEFT cannot say it; train with train.head.reads: cls, or "
-        f"{_WITHOUT_HEAD}"
-    )
+    raise _reads_other(reads, model_type, place="first", setting="cls")
 
 
 def is_scaled(tensors: Tensors, model_type: str) -> bool:
     """Tell whether `to_peft` scaled a head down, which fp16 has no numbers for."""
-    weight = tensors.get(f"{CLASSIFIERS[model_type].dense}.weight")
+    rows = TASK_MODELS[model_type].rows
+    weight = tensors.get(f"{rows.dense}.weight") if isinstance(rows, FirstToken) else None
     return weight is not None and _is_small(weight)
+
+
+def layer_with_column(tensors: Tensors, model_type: str, hidden_size: int) -> str | None:
+    """Return the name of the layer to which `to_peft` gave its bias as a column; None: none."""
+    rows = TASK_MODELS[model_type].rows
+    weight = tensors.get(f"{rows.layer}.weight") if isinstance(rows, LastToken) else None
+    has_column = weight is not None and weight.shape[1] == hidden_size + 1
+    return rows.layer if isinstance(rows, LastToken) and has_column else None
 
 
 def modules_to_save(tensors: Tensors) -> list[str]:
@@ -118,24 +120,24 @@ def from_peft(
     Raises:
         ArtifactError: They are not the layers of that model, or no linear head can say them.
     """
-    classifier = CLASSIFIERS[model_type]
-    is_of_tokens = task_type in TOKEN_LAYERS
-    last = TOKEN_LAYERS[task_type] if is_of_tokens else classifier.last
-    shapes = {f"{last}.weight": [num_outputs, hidden_size], f"{last}.bias": [num_outputs]}
+    classifier = TASK_MODELS[model_type].rows
+    if task_type != "SEQ_CLS":
+        layer = _token_layer(task_type, model_type)
+        _check_shapes(tensors, _shapes(layer, num_outputs, hidden_size))
+        return None, tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
+    if isinstance(classifier, LastToken):
+        name = f"{classifier.layer}.weight"
+        has_column = layer_with_column(tensors, model_type, hidden_size) is not None
+        _check_shapes(tensors, {name: [num_outputs, hidden_size + has_column]})
+        weight = tensors[name][:, :hidden_size]
+        bias = tensors[name][:, hidden_size] if has_column else torch.zeros(num_outputs)
+        return "last", weight, bias
+    shapes = _shapes(classifier.last, num_outputs, hidden_size)
     has_dense = f"{classifier.dense}.weight" in tensors or not classifier.has_pooler
-    if has_dense and not is_of_tokens:
-        shapes[f"{classifier.dense}.weight"] = [hidden_size, hidden_size]
-        shapes[f"{classifier.dense}.bias"] = [hidden_size]
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        raise ArtifactError(
-            f"expected the head {_listed(shapes)}, got {_listed(found)}; the task's labels must be "
-            "as many as the head has, and other trained modules have no place beside a frozen "
-            f"backbone. {_WITHOUT_HEAD}"
-        )
-    weight, bias = tensors[f"{last}.weight"], tensors[f"{last}.bias"]
-    if is_of_tokens:
-        return None, weight, bias
+    if has_dense:
+        shapes |= _shapes(classifier.dense, hidden_size, hidden_size)
+    _check_shapes(tensors, shapes)
+    weight, bias = (tensors[f"{classifier.last}.{part}"] for part in ("weight", "bias"))
     if has_dense:
         return _through_dense(tensors, classifier, pooler)
     if pooler is None:
@@ -148,7 +150,7 @@ def from_peft(
 
 
 def _through_dense(
-    tensors: Tensors, classifier: Classifier, pooler: Pooler | None
+    tensors: Tensors, classifier: FirstToken, pooler: Pooler | None
 ) -> tuple[Reads, Tensor, Tensor]:
     """Return a classifier of two layers as one, where the first is one of two that are known."""
     first, first_bias = (tensors[f"{classifier.dense}.{part}"] for part in ("weight", "bias"))
@@ -168,6 +170,57 @@ def _through_dense(
 def _is_small(weight: Tensor) -> bool:
     """Tell whether a first layer only makes states small, as `to_peft` writes it."""
     return torch.equal(weight, torch.eye(len(weight)) * SMALL)
+
+
+def _token_layer(task_type: TaskType, model_type: str) -> str:
+    """Return the name of the layer that answers each token."""
+    models = TASK_MODELS[model_type]
+    layer = models.tokens if task_type == "TOKEN_CLS" else models.spans
+    if layer is None:
+        what = "token classification" if task_type == "TOKEN_CLS" else "question answering"
+        raise ArtifactError(
+            f"Transformers has no {model_type} model for {what}, which PEFT could wrap; "
+            f"{_WITHOUT_HEAD}"
+        )
+    return layer
+
+
+def _reads_other(reads: str, model_type: str, *, place: str, setting: str) -> ArtifactError:
+    """Return the error of a head on what no model for sequence classification reads."""
+    what = {
+        "cls": "the first token",
+        "last": "the last token",
+        "mean": "the mean over all tokens",
+        "mask": "the mask token through the language model",
+        "pooler": "a pooler",
+    }[reads]
+    return ArtifactError(
+        f"the head reads {what}, but Transformers' {model_type} model for sequence classification "
+        f"reads the {place} token alone, so PEFT cannot say it; train with train.head.reads: "
+        f"{setting}, or {_WITHOUT_HEAD}"
+    )
+
+
+def _with_column(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return weight `[C, H]`, or `[C, H + 1]` with a bias, for which the layer has no place.
+
+    PEFT refuses a weight of another shape, but takes a bias without a place and drops it.
+    """
+    return torch.cat([weight, bias[:, None]], dim=1) if bias.any() else weight.contiguous()
+
+
+def _shapes(layer: str, num_outputs: int, num_inputs: int) -> dict[str, list[int]]:
+    return {f"{layer}.weight": [num_outputs, num_inputs], f"{layer}.bias": [num_outputs]}
+
+
+def _check_shapes(tensors: Tensors, shapes: Mapping[str, list[int]]) -> None:
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise ArtifactError(
+            f"expected the head {_listed(shapes)}, got {_listed(found)}; the task's labels must be "
+            "as many as the head has, and other trained modules have no place beside a frozen "
+            f"backbone. {_WITHOUT_HEAD}"
+        )
 
 
 def _listed(shapes: Mapping[str, list[int]]) -> str:

@@ -10,14 +10,14 @@ from ptv2_core.data.fields import fields_of
 from ptv2_core.data.tasks import METRICS, TaskKind, TaskSpec
 from ptv2_core.errors import ArtifactError, ConfigError
 from ptv2_core.evaluation.predict import Predictor
-from ptv2_core.interchange import folder, heads
+from ptv2_core.interchange import folder, heads, limits
 from ptv2_core.interchange.export import check_target
 from ptv2_core.interchange.folder import AdapterConfig, AdapterWeights
 from ptv2_core.manifest import FILES, MANIFEST_FILE, Manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
-from ptv2_core.model.backbones.task_models import CLASSIFIERS, pooler_of
+from ptv2_core.model.backbones.task_models import TASK_MODELS, padding_id, pooler_of
 from ptv2_core.model.heads import LinearHead, reading_for
 
 MAX_LENGTH = 512
@@ -134,14 +134,7 @@ def import_peft(
     backbone = load_backbone(name, revision or own_revision, device="cpu", precision="fp32")
     _check_backbone(config, backbone, source)
     prompt = PromptConfig(length=config.prompt_length, start="normal", start_attention=None)
-    room = backbone.position_limit - config.prompt_length
-    length = min(MAX_LENGTH, room) if max_length is None else max_length
-    if not 1 <= length <= room:
-        raise ConfigError(
-            f"--max-length: {config.prompt_length} prompt positions leave {room} of the "
-            f"{backbone.position_limit} that {backbone.spec.name} has; expected a length from 1 to "
-            f"{room}, got {length}"
-        )
+    length = _length(config, backbone, max_length)
     # PEFT takes the types of a question's and a context's tokens, and drops them
     has_types = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     shared = min(STRIDE, length // 4) if stride is None else stride
@@ -160,6 +153,12 @@ def import_peft(
         token_types=has_types,
     )
     inputs = _golden_inputs(task)
+    padding = padding_id(backbone)
+    if with_head and reads == "last" and task.form in ("rows", "values") and padding is not None:
+        try:
+            limits.check_ends(predictor, inputs, padding)
+        except ArtifactError as error:
+            raise ArtifactError(f"{source}: {error}") from error
     return save_artifact(
         directory,
         trained,
@@ -205,9 +204,9 @@ def _check_task(config: AdapterConfig, task: TaskSpec, source: Path, *, with_hea
 
 def _check_backbone(config: AdapterConfig, backbone: Backbone, source: Path) -> None:
     spec = backbone.spec
-    if spec.model_type not in CLASSIFIERS:
+    if spec.model_type not in TASK_MODELS:
         raise ArtifactError(
-            f"{source}: expected a backbone of type {', '.join(CLASSIFIERS)}, got {spec.model_type}"
+            f"{source}: expected a backbone of type {', '.join(TASK_MODELS)}, got {spec.model_type}"
         )
     expected = {
         "num_layers": spec.shape.num_layers,
@@ -226,6 +225,22 @@ def _check_backbone(config: AdapterConfig, backbone: Backbone, source: Path) -> 
             + "; ".join(f"{key}: expected {expected[key]}, got {found[key]}" for key in wrong)
             + f"; this is what {spec.name} has. Name the adapter's own backbone with --backbone"
         )
+
+
+def _length(config: AdapterConfig, backbone: Backbone, max_length: int | None) -> int:
+    """Return how many tokens a row has at most."""
+    limit = backbone.position_limit
+    window = limits.window_limit(backbone)
+    limit = limit if window is None else min(limit, window)
+    room = limit - config.prompt_length
+    length = min(MAX_LENGTH, room) if max_length is None else max_length
+    if not 1 <= length <= room:
+        raise ConfigError(
+            f"--max-length: {config.prompt_length} prompt positions leave {room} of the {limit} "
+            f"that {backbone.spec.name} has{'' if window is None else ' in a window'}; expected a "
+            f"length from 1 to {room}, got {length}"
+        )
+    return length
 
 
 def _weights(
@@ -247,6 +262,7 @@ def _weights(
         ).linear
         weight, bias = new.weight.detach(), new.bias.detach()
         return spec.reads, Weights(prompt=weights.prompt, head_weight=weight, head_bias=bias)
+    limits.check_width(backbone)
     reads, weight, bias = heads.from_peft(
         weights.head,
         task_type=config.task_type,

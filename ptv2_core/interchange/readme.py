@@ -26,8 +26,24 @@ def embedded(input_ids, token_type_ids):
 """
 
 
+# A column, not a bias: PEFT would drop a bias without a word where these lines are left out.
+_WITH_COLUMN = """
+class Score(torch.nn.Linear):
+    def forward(self, states):
+        return torch.nn.functional.linear(states, self.weight[:, :-1], self.weight[:, -1])
+
+backbone.{layer} = Score({inputs}, {outputs}, bias=False)
+"""
+
+
 def readme(
-    manifest: Manifest, config: AdapterConfig, notes: tuple[str, ...], *, drops_types: bool
+    manifest: Manifest,
+    config: AdapterConfig,
+    notes: tuple[str, ...],
+    *,
+    drops_types: bool,
+    pad_token_id: int | None = None,
+    column_layer: str | None = None,
 ) -> str:
     """Return the text, Markdown with the front matter of a model hub.
 
@@ -36,6 +52,9 @@ def readme(
         config: What was written for PEFT.
         notes: Sentences to add.
         drops_types: Whether PEFT drops token types that the prompt was trained with.
+        pad_token_id: The token that rows are padded with, where the backbone's own configuration
+            does not name it and a head needs it.
+        column_layer: The layer of the head whose bias is a column of its weight.
     """
     task, auto = manifest.task, AUTO_MODELS[config.task_type]
     arguments = [json.dumps(config.base_model)]
@@ -48,6 +67,12 @@ def readme(
             arguments.append(f"id2label={{{written}}}")
         else:
             arguments.append("num_labels=1")
+    if pad_token_id is not None:
+        arguments.append(f"pad_token_id={pad_token_id}")
+    column = ""
+    if column_layer is not None:
+        width = manifest.backbone["hidden_size"] + 1
+        column = _WITH_COLUMN.format(layer=column_layer, inputs=width, outputs=task.num_outputs)
     lines = [
         "---",
         "library_name: peft",
@@ -60,10 +85,12 @@ def readme(
         f"written by ptv2 from {manifest.sha256[:12]} (sha256 of prompt.safetensors).",
         "",
         "```python",
+        *(["import torch"] if column else []),
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
         f"backbone = {auto}.from_pretrained({', '.join(arguments)})",
+        *column.splitlines(),
         'model = PeftModel.from_pretrained(backbone, "THIS FOLDER").eval()',
         *(_WITH_TYPES.splitlines() if drops_types else ()),
         "```",

@@ -32,6 +32,8 @@ from tests.tiny import open_backbone
 Folder = Callable[[str], Path]
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+# cases of family_parts
+DECODERS = ("gpt2", "opt", "llama", "qwen3", "glm", "glm4")
 AUTO = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
@@ -84,14 +86,11 @@ def ours(predictor: Predictor) -> tuple[Batch, Tensor]:
         return batch, predictor.model(batch.input_ids, batch.token_mask, batch.token_type_ids)
 
 
-def theirs(model: PeftModel, batch: Batch) -> Tensor:
+def theirs(model: PeftModel, batch: Batch, *, token_types: bool = True) -> Tensor:
     """Return PEFT's logits for a batch, `[B, C]` or `[B, T, C]`."""
+    types = {"token_type_ids": batch.token_type_ids} if token_types else {}
     with torch.no_grad():
-        answer = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.token_mask.long(),
-            token_type_ids=batch.token_type_ids,
-        )
+        answer = model(input_ids=batch.input_ids, attention_mask=batch.token_mask.long(), **types)
     if "start_logits" in answer:
         return torch.stack([answer.start_logits, answer.end_logits], dim=-1)
     return answer.last_hidden_state if "last_hidden_state" in answer else answer.logits
@@ -114,13 +113,16 @@ def prompt_of(
     reads: Any = "cls",
     prompt: PromptConfig | None = None,
     token_types: bool = True,
+    has_bias: bool = True,
 ) -> Path:
     """Save a random prompt with a random head; returns `folder`."""
     prompt = prompt or PromptConfig(length=5)
     backbone = open_backbone(backbone_folder)
     shape, location = backbone.spec.shape, locate(str(backbone_folder))
     head = LinearHead(32, task.num_outputs, reads=reading_for(task.form, reads), seed=3)
-    head.start_at(head.linear.weight * 10, torch.linspace(-1, 1, task.num_outputs))
+    num_outputs = task.num_outputs
+    bias = torch.linspace(-1, 1, num_outputs) if has_bias else torch.zeros(num_outputs)
+    head.start_at(head.linear.weight * 10, bias)
     made = make_prompt(shape, prompt, seed=7)
     model = PromptedModel(backbone, PromptBank(shape, [(made, prompt)]), [head])
     model.eval()

@@ -221,6 +221,12 @@ class Backbone(nn.Module):
         """Tokens plus prompt positions that a row can have."""
         return self.spec.max_positions - self._first_position
 
+    @property
+    def window(self) -> int | None:
+        """How far back a token sees others in its narrowest layer; None: however far."""
+        windows = [sight.window for sight in self._layers.sights if sight.window is not None]
+        return min(windows, default=None)
+
     @contextmanager
     def dropout(self, seed: int | None) -> Iterator[None]:
         """Let the backbone drop out as in its own pre-training, with draws that `seed` decides.

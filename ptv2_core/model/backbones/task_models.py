@@ -1,10 +1,11 @@
-"""What Transformers' own models for a task put on an encoder.
+"""What Transformers' own models for a task put on a backbone.
 
 Letters: C classes, H hidden size.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from ptv2_core.model.backbones.base import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """How a model for sequence classification reads a text.
+class FirstToken:
+    """How an encoder's model for sequence classification reads a text.
 
     The first token's state goes through `dense` `[H, H]`, an activation and `last` `[C, H]`.
 
@@ -35,19 +36,60 @@ class Classifier:
         return self.slope == 1.0
 
 
-_OF_ROBERTA = Classifier(
-    dense="classifier.dense", last="classifier.out_proj", slope=1.0, has_pooler=False
-)
+@dataclass(frozen=True, kw_only=True)
+class LastToken:
+    """How a decoder's model for sequence classification reads a text.
 
-# model_type -> its classifier, of the types on which PEFT's prefix tuning runs
-CLASSIFIERS: Mapping[str, Classifier] = {
-    "bert": Classifier(dense="bert.pooler.dense", last="classifier", slope=1.0, has_pooler=True),
+    The state of the last token that is not padding's goes through one layer, without a bias.
+
+    Attributes:
+        layer: Its name.
+    """
+
+    layer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskModels:
+    """The layers of an architecture's models for a task.
+
+    Attributes:
+        rows: Of that for sequence classification.
+        tokens: Name of the one for token classification; None: there is no such model.
+        spans: Name of the one for question answering; None: there is no such model.
+    """
+
+    rows: FirstToken | LastToken
+    tokens: str | None = "classifier"
+    spans: str | None = "qa_outputs"
+
+
+_OF_ROBERTA = TaskModels(
+    rows=FirstToken(
+        dense="classifier.dense", last="classifier.out_proj", slope=1.0, has_pooler=False
+    )
+)
+_SCORE = LastToken(layer="score")
+
+# model_type -> its models, of the types on which PEFT's prefix tuning runs
+TASK_MODELS: Mapping[str, TaskModels] = {
+    "bert": TaskModels(
+        rows=FirstToken(dense="bert.pooler.dense", last="classifier", slope=1.0, has_pooler=True)
+    ),
     "roberta": _OF_ROBERTA,
     "xlm-roberta": _OF_ROBERTA,
     "camembert": _OF_ROBERTA,
-    "electra": Classifier(
-        dense="classifier.dense", last="classifier.out_proj", slope=0.5, has_pooler=False
+    "electra": TaskModels(
+        rows=FirstToken(
+            dense="classifier.dense", last="classifier.out_proj", slope=0.5, has_pooler=False
+        )
     ),
+    "gpt2": TaskModels(rows=_SCORE),
+    "opt": TaskModels(rows=_SCORE, tokens=None),
+    "llama": TaskModels(rows=_SCORE, tokens="score"),
+    "qwen3": TaskModels(rows=_SCORE, tokens="score"),
+    "glm": TaskModels(rows=_SCORE, tokens="score", spans=None),
+    "glm4": TaskModels(rows=_SCORE, tokens="score", spans=None),
 }
 
 
@@ -57,3 +99,20 @@ def pooler_of(backbone: Backbone) -> tuple[Tensor, Tensor] | None:
     if pooler is None:
         return None
     return pooler.dense.weight.detach().float(), pooler.dense.bias.detach().float()
+
+
+def padding_id(backbone: Backbone) -> int | None:
+    """Return the token that models for a task take for padding; None where none is named."""
+    config: Any = backbone.model.config
+    found: int | None = config.pad_token_id
+    return found
+
+
+def states_width(backbone: Backbone) -> int:
+    """Return how wide the states are that models for a task read.
+
+    Not H where a projection stands behind the layers, as in one size of OPT.
+    """
+    config: Any = backbone.model.config
+    width: int | None = getattr(config, "word_embed_proj_dim", None)
+    return backbone.spec.hidden_size if width is None else width
