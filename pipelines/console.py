@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipelines.doctor import Finding
     from pipelines.inspection import Inspection
     from pipelines.multitask import Shared
+    from pipelines.number_formats import FormatComparison
 
 # a log is read later: a line now and then is enough
 PLAIN_INTERVAL_S = 5.0
@@ -83,6 +84,28 @@ def shared_table(name: str, parts: Sequence["Shared"]) -> Table:
     for part in parts:
         scores = (f"{100 * part.share:.0f} %", f"{100 * part.dev:.1f}", f"{100 * part.test:.1f}")
         table.add_row(*(Text(cell) for cell in (part.task, part.metric, *scores, part.prompt)))
+    return table
+
+
+def formats_table(found: "FormatComparison") -> Table:
+    """Return what `ptv2 evaluate --compare` found."""
+    title = f"{found.task}, {found.split}: {found.decisions} decisions on {found.device}"
+    table = Table(title=title, title_justify="left")
+    headers = ("precision", "computed in", found.metric, "points", "changed", "MB", "rows/s")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="left" if place < 2 else "right")
+    for one in found.formats:
+        is_reference = one is found.formats[0]
+        changed = f"{one.mean_change:.3g} each" if one.changed is None else str(one.changed)
+        table.add_row(
+            one.precision,
+            one.number_format,
+            f"{one.score:.4f}",
+            "" if is_reference else f"{one.points:+.2f}",
+            "" if is_reference else changed,
+            f"{one.size_bytes / 1e6:.1f}",
+            f"{one.rows_per_s:,.0f}",
+        )
     return table
 
 

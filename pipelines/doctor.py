@@ -37,6 +37,7 @@ from ptv2_core.model.backbones.loading import (
     precision_reason,
 )
 from ptv2_core.model.backbones.locating import Location, load_tokenizer
+from ptv2_core.model.backbones.rounding import rounding_of
 from ptv2_serving.tracking import StoreError, check_answers, resolve_uri, shown, sqlite_path
 
 State = Literal["ok", "note", "problem"]
@@ -146,8 +147,17 @@ def _machine(root: Path, settings: Settings | None) -> Iterator[Finding]:
     precision: Precision = settings.backbone.precision if settings else "auto"
     chosen = choose_precision(precision, device)
     name = next(name for name, dtype in DTYPES.items() if dtype == chosen)
-    value = f"{name} ({precision_reason(precision, device)})"
-    yield Finding(section, "precision", value)
+    try:
+        rounding = rounding_of(precision, device)
+        shown = name if rounding is None else f"{precision}, else {name}"
+        value = f"{shown} ({precision_reason(precision, device)})"
+        if rounding == "int8":
+            hint = "for answering alone: `ptv2 train` will refuse it on a CPU"
+            yield Finding(section, "precision", value, state="problem", hint=hint)
+        else:
+            yield Finding(section, "precision", value)
+    except BackboneError as error:
+        yield Finding(section, "precision", str(error), state="problem")
     yield from _rates(name, device)
 
 

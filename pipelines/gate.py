@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
+FORMAT_TAG = "number_format"
+"""The tag that says in which number format the backbone was, as scores depend on it."""
+ROUNDED = "+"
+"""Stands in the names of formats whose weights are rounded to 8 or 4 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ def decide(
     Args:
         task: Whose.
         version: The challenger.
-        scores: Its tags `metric`, `test_score` and `test_digest`.
+        scores: Its tags `metric`, `test_score`, `test_digest` and, as far as known, FORMAT_TAG.
         champion: The version with the alias, or none.
         champion_scores: Its tags.
         margin: The challenger's score must be more than this above the champion's.
@@ -86,6 +90,15 @@ def decide(
             f"not comparable: champion version {champion} was scored on another test split. "
             f"Evaluate and register its prompt on this split, too, then register this one again. "
             f"{by_hand}",
+        )
+    ours, theirs = scores.get(FORMAT_TAG, ""), champion_scores.get(FORMAT_TAG, "")
+    if ours != theirs and ROUNDED in ours + theirs:
+        return gate(
+            False,
+            f"not comparable: champion version {champion} was scored on a backbone in "
+            f"{theirs or 'a format that was not noted'}, version {version} in "
+            f"{ours or 'one that was not noted'}. Evaluate and register both in the same "
+            f"(backbone.precision). {by_hand}",
         )
     bar = f"the {met:.4f} of champion version {champion}" + (f" + {margin:g}" if margin else "")
     if score > met + margin:

@@ -220,7 +220,9 @@ def _measured(
         )
         return (), 0
     prepared = Prepared.load(paths.prepared)
-    backbone = backbone_for(settings, prepared, method=manifest.method, head=manifest.head)
+    backbone = backbone_for(
+        settings, prepared, method=manifest.method, head=manifest.head, trains=False
+    )
     if backbone.spec.digest != manifest.backbone["digest"]:
         raise ArtifactError(
             f"{paths.prompt}: expected backbone {manifest.backbone['digest']}, got "

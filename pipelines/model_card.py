@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import PipelineError
+from pipelines.gate import FORMAT_TAG
 from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.files import sha256_file
@@ -214,6 +215,8 @@ def score_tags(results: Results) -> dict[str, str]:
         "dev_score": evaluate.get("dev"),
         "probe_score": evaluate.get("probe"),
         "test_digest": evaluate["test_digest"],
+        FORMAT_TAG: evaluate.get("number_format"),
+        "answering_digest": evaluate.get("answering_digest"),
     }
     return {key: _text(value) for key, value in tags.items() if value is not None}
 

@@ -103,6 +103,7 @@ def run_description(results: Results) -> str:
         f"{train.get('best_epoch')} of {train.get('epochs')}",
         f"trained: {_trained(manifest, train)}",
         f"{_size(manifest)}, both files",
+        f"scored on the backbone in {evaluate.get('number_format') or 'a format not noted'}",
     ]
     return "\n".join(
         [

@@ -57,6 +57,11 @@ class TaskPaths:
         return self.results / "evaluate"
 
     @property
+    def formats(self) -> Path:
+        """What `ptv2 evaluate --compare` found, which is no output of a stage."""
+        return self.results / "formats.json"
+
+    @property
     def registered(self) -> Path:
         """Output of register."""
         return self.results / "registered.json"

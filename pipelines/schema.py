@@ -68,7 +68,9 @@ class BackboneSettings(Section):
     digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = Field(
         description='null or "sha256:" and 64 hexadecimal digits'
     )
-    precision: Precision = Field(default="auto", description="auto, fp32 or bf16")
+    precision: Precision = Field(
+        default="auto", description="auto, fp32, bf16, or on CUDA int8 or nf4"
+    )
     device: Device = Field(default="auto", description="auto, cpu, cuda or mps")
 
 

@@ -18,9 +18,7 @@ Reads = Literal["auto", "cls", "pooler", "mean", "last", "mask"]
 HeadType = Literal["linear", "verbalizer"]
 LabelWords = Mapping[str, str]
 Method = Literal["ptv2", "prompt_tuning", "finetune", "probe"]
-Precision = Literal["auto", "fp32", "bf16"]
-# of a backbone that answers and never trains
-AnsweringPrecision = Literal["auto", "fp32", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 PromptLayers = Literal["all"] | int | tuple[int, ...]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 

@@ -82,7 +82,7 @@ class EngineStatus:
     """How the engine stands, for `/metrics`, `/readyz` and the page.
 
     Attributes:
-        backbone: Name, digest, precision and device of the one backbone.
+        backbone: Name, digest, precision, digest in that precision and device of the one backbone.
         ready: Whether requests are answered.
         reason: Why not, in words; empty when ready.
         queued_rows: Rows that wait.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptv2_core.config import AnsweringPrecision, Device
+from ptv2_core.config import Device, Precision
 from ptv2_core.errors import PTv2Error
 from ptv2_serving.answering import ServingError
 from ptv2_serving.backbone import Verifier
@@ -48,7 +48,7 @@ class ServiceConfig:
     root: Path = Path()
     store: Path
     backbone: str | None = None
-    precision: AnsweringPrecision = "auto"
+    precision: Precision = "auto"
     device: Device = "auto"
     engines: int = 1
     threads: int = 1

@@ -16,7 +16,7 @@ from pipelines.commands.shared import (
     say,
     say_all,
 )
-from ptv2_core.config import AnsweringPrecision, Device
+from ptv2_core.config import Device, Precision
 
 commands = typer.Typer()
 
@@ -71,7 +71,7 @@ def serve(
     backbone: Annotated[
         str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
     ] = None,
-    precision: Annotated[AnsweringPrecision, typer.Option(help="Of the frozen weights.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of the frozen weights.")] = "auto",
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
     engines: Annotated[
         int | None,

@@ -1,6 +1,7 @@
 """The stages, as dvc.yaml runs them."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -93,14 +94,39 @@ def train(task: Task, workspace: Workspace = Path()) -> None:
 
 
 @commands.command(rich_help_panel=STAGES)
-def evaluate(task: Task, workspace: Workspace = Path()) -> None:
-    """Score the prompt on the held-out test split."""
+def evaluate(
+    task: Task,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare the backbone in this number format (bf16, int8, nf4) with fp32 "
+            "instead, and write results/TASK/formats.json; may be repeated."
+        ),
+    ] = None,
+    split: Annotated[
+        Literal["dev", "test"], typer.Option(help="With --compare: on which rows.")
+    ] = "dev",
+    workspace: Workspace = Path(),
+) -> None:
+    """Score the prompt on the held-out test split, or compare number formats of its backbone."""
     settings, paths = task_of(workspace, task)
-    from pipelines.console import progress
+    from pipelines.console import formats_table, progress
     from pipelines.stages import evaluate as stage
     from pipelines.threads import limit_threads
 
     limit_threads()
+    if compare:
+        from pipelines.number_formats import compare_formats, precisions_of
+
+        precisions = precisions_of(compare)
+        console = make_console()
+        with progress(f"evaluate {task}", console) as on_progress:
+            compared = compare_formats(
+                settings, paths, precisions, split=split, progress=on_progress
+            )
+        console.print(formats_table(compared))
+        say(f"written   {paths.formats}")
+        return
     with progress(f"evaluate {task}", make_console()) as on_progress:
         done = stage.run(settings, paths, on_progress)
     probe = "" if done.probe is None else f", bare-backbone probe {done.probe:.4f}"

@@ -13,7 +13,7 @@ from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.training import backbone_for
 from pipelines.tables import csv_text
 from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weights, restore_model
-from ptv2_core.config import HeadConfig
+from ptv2_core.config import HeadConfig, Precision
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.data.tasks import Form
 from ptv2_core.errors import ArtifactError
@@ -47,6 +47,8 @@ class EvaluateResult:
         probe: A linear probe on the bare backbone, on test; none where not wanted.
         probe_dev: The same on dev.
         test_metrics: All metrics on test.
+        number_format: How the backbone computed, as `Backbone.number_format` names it.
+        answering_digest: Of the backbone in that format.
     """
 
     task: str
@@ -59,6 +61,8 @@ class EvaluateResult:
     probe: float | None
     probe_dev: float | None
     test_metrics: dict[str, float]
+    number_format: str
+    answering_digest: str
 
 
 def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -> EvaluateResult:
@@ -68,18 +72,9 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         PipelineError: Train has not run.
         ArtifactError: The prompt is damaged, or made for other data or another backbone.
     """
-    prepared = Prepared.load(paths.prepared)
-    paths.require(paths.prompt / MANIFEST_FILE, "train")
-    manifest = load_manifest(paths.prompt)
-    _check_match(manifest, prepared, paths.prompt)
-    backbone = backbone_for(settings, prepared, method=manifest.method, head=manifest.head)
-    if backbone.spec.digest != manifest.backbone["digest"]:
-        raise ArtifactError(
-            f"{paths.prompt}: expected backbone {manifest.backbone['digest']}, got "
-            f"{backbone.spec.digest}; run `ptv2 train --task {settings.name}` again"
-        )
-    weights = load_weights(paths.prompt, manifest)
-    model = restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
+    prepared, manifest = trained_prompt(paths)
+    model = model_of(settings, paths, prepared, manifest)
+    backbone = model.backbone
     scored = []
     for place, split in enumerate(("dev", "test")):
         progress(f"scoring {split}", place, 3)
@@ -106,10 +101,64 @@ def run(settings: TaskSettings, paths: TaskPaths, progress: Progress = silent) -
         probe=None if probed is None else probed.test.score,
         probe_dev=None if probed is None else probed.dev.score,
         test_metrics=test.metrics,
+        number_format=backbone.number_format,
+        answering_digest=backbone.answering_digest,
     )
     _write(paths, prepared, test, result)
     progress("done", 3, 3)
     return result
+
+
+def trained_prompt(paths: TaskPaths) -> tuple[Prepared, Manifest]:
+    """Return a task's data and what describes the prompt that was trained on it.
+
+    Raises:
+        PipelineError: Prepare or train has not run.
+        ArtifactError: The prompt is damaged, or made for other data.
+    """
+    prepared = Prepared.load(paths.prepared)
+    paths.require(paths.prompt / MANIFEST_FILE, "train")
+    manifest = load_manifest(paths.prompt)
+    _check_match(manifest, prepared, paths.prompt)
+    return prepared, manifest
+
+
+def model_of(
+    settings: TaskSettings,
+    paths: TaskPaths,
+    prepared: Prepared,
+    manifest: Manifest,
+    *,
+    precision: Precision | None = None,
+) -> PromptedModel:
+    """Return a trained prompt on its backbone.
+
+    Args:
+        settings: Of the task.
+        paths: Its files.
+        prepared: As `trained_prompt` returns it, like what follows.
+        manifest: Likewise.
+        precision: Of the backbone; none takes that of the settings.
+
+    Raises:
+        ArtifactError: The weights are damaged, or made for another backbone.
+        BackboneError: The backbone is not there, or cannot have that precision.
+    """
+    backbone = backbone_for(
+        settings,
+        prepared,
+        method=manifest.method,
+        head=manifest.head,
+        precision=precision,
+        trains=False,
+    )
+    if backbone.spec.digest != manifest.backbone["digest"]:
+        raise ArtifactError(
+            f"{paths.prompt}: expected backbone {manifest.backbone['digest']}, got "
+            f"{backbone.spec.digest}; run `ptv2 train --task {settings.name}` again"
+        )
+    weights = load_weights(paths.prompt, manifest)
+    return restore_model(backbone, [(manifest.task, manifest.prompt, manifest.head, weights)])
 
 
 def _probe(

@@ -70,7 +70,7 @@ class TrainResult:
         peak_device_memory_bytes: The most that tensors took on a CUDA card; none without one.
         trainable_parameters: Of the saved prompt and head.
         trainable_share: Of what was tuned beside the head in the backbone's parameters.
-        precision: Number format of the frozen weights.
+        precision: Number format of the frozen weights, as `Backbone.number_format` names it.
     """
 
     metric: str
@@ -175,7 +175,7 @@ def _result(
         peak_device_memory_bytes=peak_device_memory_bytes(backbone.device),
         trainable_parameters=sum(tensor.numel() for tensor in weights.named().values()),
         trainable_share=weights.num_tuned / backbone.spec.num_parameters,
-        precision=str(backbone.states_dtype).removeprefix("torch."),
+        precision=backbone.number_format,
     )
 
 
@@ -229,6 +229,8 @@ def save_prompt(
         settings.backbone.name,
         settings.backbone.revision,
         precision="fp32",
+        # a card that holds the rounded weights may have no room for these
+        device="auto" if backbone.rounding is None else "cpu",
         **backbone_needs(config.method, config.head),
     )
     location = locate(settings.backbone.name, settings.backbone.revision)

@@ -12,11 +12,12 @@ from pipelines.paths import TaskPaths
 from pipelines.settings import TaskSettings, read_environment
 from pipelines.stages.prepare import Prepared
 from ptv2_core.artifact import load_manifest, load_weights
-from ptv2_core.config import Device, HeadConfig, Method, TrainConfig
+from ptv2_core.config import Device, HeadConfig, Method, Precision, TrainConfig
 from ptv2_core.errors import ConfigError, DataError
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import choose_device, choose_precision, load_backbone
 from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.rounding import number_format, require_gradient, rounding_of
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
@@ -35,6 +36,8 @@ def backbone_for(
     *,
     method: Method | None = None,
     head: HeadConfig | None = None,
+    precision: Precision | None = None,
+    trains: bool = True,
 ) -> Backbone:
     """Load the backbone of the settings, and check that the data was encoded with its tokenizer.
 
@@ -43,9 +46,11 @@ def backbone_for(
         prepared: Its data.
         method: What will be trained on it, or was; none takes that of `train`.
         head: What reads it; none takes that of `train`.
+        precision: Its number format; none takes that of the settings.
+        trains: Whether something will be trained on it, rather than answered.
 
     Raises:
-        BackboneError: It is not there, or is another one.
+        BackboneError: It is not there, is another one, or is in a format that does not allow it.
         DataError: The data was encoded with another tokenizer.
     """
     chosen = settings.backbone
@@ -55,26 +60,32 @@ def backbone_for(
             f"data/prepared/{settings.name}: encoded with tokenizer {prepared.tokenizer_digest}, "
             f"but {chosen.name} has {found}; run `ptv2 prepare --task {settings.name}` again"
         )
-    return load_backbone(
+    backbone = load_backbone(
         chosen.name,
         chosen.revision,
         digest=chosen.digest,
-        precision=chosen.precision,
+        precision=precision or chosen.precision,
         device=chosen.device,
         **backbone_needs(method or settings.train.method, head or settings.train.head),
     )
+    if trains:
+        require_gradient(backbone.rounding)
+    return backbone
 
 
 def backbone_identity(settings: TaskSettings) -> tuple[str, str, str]:
     """Return what of a backbone results depend on: digest, number format and kind of device.
 
     Raises:
-        BackboneError: It is not there.
+        BackboneError: It is not there, or cannot have that format.
     """
     chosen = settings.backbone
     device = choose_device(chosen.device)
     dtype = choose_precision(chosen.precision, device)
-    return locate(chosen.name, chosen.revision).digest(), str(dtype), device.type
+    rounding = rounding_of(chosen.precision, device)
+    # names of studies are made of it: those in plain formats keep theirs
+    described = str(dtype) if rounding is None else number_format(rounding, dtype)
+    return locate(chosen.name, chosen.revision).digest(), described, device.type
 
 
 class BackboneNeeds(TypedDict):

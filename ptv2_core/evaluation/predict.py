@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ptv2_core.artifact import Manifest, load_manifest, load_weights, restore_model
-from ptv2_core.config import AnsweringPrecision, Device
+from ptv2_core.config import Device, Precision
 from ptv2_core.data.batching import collate, sorted_batches
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError
@@ -77,7 +77,7 @@ class Predictor:
         *,
         backbone_name: str | None = None,
         device: Device = "auto",
-        precision: AnsweringPrecision = "auto",
+        precision: Precision = "auto",
     ) -> "Predictor":
         """Load an artifact and the backbone it names.
 

@@ -27,6 +27,7 @@ from ptv2_core.evaluation.forms import rules_of
 from ptv2_core.evaluation.forms.base import FormRules
 from ptv2_core.evaluation.scoring import Evaluation, evaluate_model
 from ptv2_core.files import source_digest
+from ptv2_core.model.backbones.rounding import require_gradient
 from ptv2_core.model.prompted import Part, PromptedModel
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Snapshot
@@ -87,8 +88,10 @@ class Learner:
             diagnoses: Whether the start and every epoch are recorded layer by layer.
 
         Raises:
+            BackboneError: No gradient passes through the backbone.
             ConfigError: Backbone dropout in a team, whose draws would depend on its size.
         """
+        require_gradient(model.backbone.rounding)
         if team is not None and config.backbone_dropout:
             raise ConfigError(
                 "train.backbone_dropout: expected false where several processes divide a batch, "
@@ -229,7 +232,7 @@ class Learner:
             ],
             # a start may have been trained before
             "start": digest_arrays(*(p.detach().cpu().numpy() for p in self._parameters.values())),
-            "backbone": [backbone.spec.digest, str(backbone.states_dtype), backbone.device.type],
+            "backbone": [backbone.answering_digest, backbone.device.type],
             # cached states differ in their last bits from those of a batch
             "trunk": [one is not None for states in self._states for one in states],
             "diagnoses": self._watch is not None,

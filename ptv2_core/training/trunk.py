@@ -203,7 +203,7 @@ def _key(backbone: Backbone, split: EncodedSplit, num_layers: int) -> str:
     """Return a name that changes with all that the states depend on; labels are none of it."""
     parts = [
         digest_arrays(split.input_ids, split.token_type_ids, split.offsets),
-        backbone.spec.digest,
+        backbone.answering_digest,
         backbone.dtype,
         backbone.device.type,
         num_layers,

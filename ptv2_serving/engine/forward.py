@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptv2_core.artifact import load_manifest, load_weights, restore_model
-from ptv2_core.config import AnsweringPrecision, Device
+from ptv2_core.config import Device, Precision
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.heads import LinearHead, read, reads_first_token
@@ -41,7 +41,7 @@ class BackboneChoice:
     revision: str | None
     digest: str
     device: Device
-    precision: AnsweringPrecision
+    precision: Precision
     language_model: bool
 
     def load(self) -> Backbone:

@@ -136,7 +136,8 @@ def _answer(connection: Connection, make: Callable[[], Forward], threads: int) -
                 "name": spec.name,
                 "digest": spec.digest,
                 "device": str(forward.backbone.device),
-                "precision": str(forward.backbone.dtype).removeprefix("torch."),
+                "precision": forward.backbone.number_format,
+                "answering_digest": forward.backbone.answering_digest,
             },
         )
     )

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ptv2_core.config import PromptConfig
 from ptv2_core.model.backbones import loading
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.packing import PackedLinear, can_pack
+from ptv2_core.model.backbones.packing import PackedLinear, can_pack, pack
 from tests.tiny import tiny_model
 
 Folder = Callable[[str], Path]
@@ -32,6 +33,23 @@ def test_packing_gives_the_products_of_the_linear_layer(rows: tuple[int, ...], b
     torch.testing.assert_close(packed.grad, plain.grad)
     exact = gradient.double() @ linear.weight.double()
     torch.testing.assert_close(packed.grad.double(), exact, atol=0.03, rtol=0.01)
+
+
+@needs_packing
+def test_packing_gives_the_products_of_gpt2s_own_layers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = Conv1D(24, 40).bfloat16().requires_grad_(False)
+    layer.bias.copy_(torch.linspace(-1, 1, 24))
+    packed = nn.Sequential(layer)
+    pack(packed)
+    assert type(packed[0]) is PackedLinear
+    states = torch.randn(3, 5, 40, generator=generator).bfloat16()
+    gradient = torch.randn(3, 5, 24, generator=generator).bfloat16()
+    one, other = (states.clone().requires_grad_() for _ in range(2))
+    layer(one).backward(gradient)
+    packed(other).backward(gradient)
+    torch.testing.assert_close(packed(states), layer(states))
+    torch.testing.assert_close(other.grad, one.grad, atol=1e-3, rtol=0.02)
 
 
 @needs_packing

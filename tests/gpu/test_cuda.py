@@ -1,5 +1,6 @@
 """What runs on a CUDA card gives what the CPU gives; skipped where there is none."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import TrainingError
 from ptv2_core.machine import measure_gemm_rate
 from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.rounding import LIBRARIES
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
 from ptv2_core.training.records import EpochRecord
@@ -128,3 +130,39 @@ def test_cuda_bf16_keeps_prompts_in_fp32(folder: Path) -> None:
     assert {p.dtype for _, p in model.trainable()} == {torch.float32}
     assert backbone.dtype == torch.bfloat16
     assert measure_gemm_rate(torch.bfloat16, backbone.device, seconds=0.1) > 0
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    any(find_spec(name) is None for name in LIBRARIES),
+    reason="the extra `quantized` is not installed",
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_cuda_trains_prompts_on_rounded_weights(folder: Path, precision: str) -> None:
+    backbone = load_backbone(str(folder), precision=precision, device="cuda")  # type: ignore[arg-type]
+    assert backbone.number_format.startswith(f"bnb-{precision}+")
+    task, train, dev = parts(folder, "classification")
+    before = {name: one.clone() for name, one in backbone.model.named_parameters()}
+    model = new_model(backbone, task, settings(learning_rate=3e-2), train)
+    *_, last = fit(model, task=task, train=train, dev=dev, config=settings(learning_rate=3e-2))
+    losses = [record.train_loss for record in last.history]
+    assert losses[-1] < losses[0]
+    assert {p.dtype for _, p in model.trainable()} == {torch.float32}
+    assert all(torch.equal(one, before[name]) for name, one in backbone.model.named_parameters())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_cuda_rounded_answers_a_row_alike_alone_and_among_others(
+    folder: Path, precision: str
+) -> None:
+    backbone = load_backbone(str(folder), precision=precision, device="cuda")  # type: ignore[arg-type]
+    task, train, _ = parts(folder, "classification")
+    model = new_model(backbone, task, settings(), train).eval()
+    ids = torch.tensor([[2, 7, 8, 3], [2, 11, 12, 3]], device="cuda")
+    with torch.no_grad():
+        whole = model(ids, ids > 0)
+        alone = model(ids[:1], ids[:1] > 0)
+    torch.testing.assert_close(alone, whole[:1], atol=2e-2, rtol=2e-2)

@@ -187,7 +187,7 @@ def test_cli_json_files_have_exactly_these_keys(task: str, finished_once: Path) 
     assert list(evaluate) == [
         "task", "metric", "dev", "test", "test_rows", "test_digest", "prompt_sha256",
         "probe", "probe_dev",
-        "test_metrics",
+        "test_metrics", "number_format", "answering_digest",
     ]  # fmt: skip
     assert (evaluate["task"], evaluate["metric"]) == (task, metric)
     assert evaluate["test_metrics"][metric] == evaluate["test"]

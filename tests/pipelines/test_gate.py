@@ -80,3 +80,25 @@ def test_champion_registered_again_stays():
     decision = gate(NEW, champion=2)
     assert not decision.promoted
     assert "already" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "compares"),
+    [
+        ("float32", "bfloat16", True),
+        ("float32", None, True),
+        ("int8+float32", "int8+float32", True),
+        ("int8+float32", "int8+bfloat16", False),
+        ("bnb-nf4+bfloat16", "bfloat16", False),
+        ("float32", "int8+float32", False),
+        ("int8+float32", None, False),
+    ],
+)
+def test_scores_of_rounded_backbones_compare_with_their_like_alone(new, old, compares):
+    known = NEW | {"test_score": "0.1"} | ({"number_format": old} if old else {})
+    decision = gate(known, scores=NEW | {"number_format": new})
+    assert decision.promoted is compares
+    assert ("not comparable" in decision.reason) is not compares
+    if not compares:
+        assert new in decision.reason
+        assert (old or "a format that was not noted") in decision.reason

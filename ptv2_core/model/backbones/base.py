@@ -4,6 +4,7 @@ Letters: B rows, T tokens, H hidden size.
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import PromptBatch
 from ptv2_core.model.backbones.layers import Layers, Shared
 from ptv2_core.model.backbones.packing import PackedLinear
+from ptv2_core.model.backbones.rounding import Rounding, number_format, size_bytes
 from ptv2_core.model.prompts import PromptShape
 
 PooledReading = Literal["cls", "pooler", "mean", "last"]
@@ -142,6 +144,7 @@ class Backbone(nn.Module):
         spec: Who it is.
         language_model: Its language model's head; None where it was not loaded.
         is_tuned: Whether its own weights are trained.
+        rounding: What rounded its weights to 8 or 4 bits; None where nothing did.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Backbone(nn.Module):
         first_position: int,
         language_model: LanguageModel | None = None,
         product_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         """Wrap a loaded model.
 
@@ -164,12 +168,14 @@ class Backbone(nn.Module):
             language_model: For heads that read the mask token.
             product_dtype: In which a copy that is tuned computes its products, while its weights
                 stay in fp32; None: in that of the weights.
+            rounding: What rounded its weights.
         """
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
         self.language_model = language_model
         self.is_tuned = False
+        self.rounding = rounding
         self._make_layers = make_layers
         self._layers = make_layers(model)
         self._first_position = first_position
@@ -183,9 +189,8 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: The weights were loaded for products alone, not in fp32.
         """
-        if self.dtype != torch.float32 or any(
-            isinstance(module, PackedLinear) for module in self.modules()
-        ):
+        is_packed = any(isinstance(module, PackedLinear) for module in self.modules())
+        if self.dtype != torch.float32 or is_packed or self.rounding is not None:
             raise BackboneError(
                 f"{self.spec.name}: fine-tuning needs the weights in fp32, unpacked; load the "
                 "backbone with precision fp32 and packs=False"
@@ -208,13 +213,34 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format of the weights."""
-        return next(self.model.parameters()).dtype
+        """The number format of the weights; of rounded ones, that of all others."""
+        return next(one.dtype for one in self.model.parameters() if one.is_floating_point())
 
     @property
     def states_dtype(self) -> torch.dtype:
         """The number format of what attention sees."""
         return self._product_dtype or self.dtype if self.is_tuned else self.dtype
+
+    @property
+    def number_format(self) -> str:
+        """How it computes, by name: `float32`, `bfloat16`, `int8+bfloat16`."""
+        return number_format(self.rounding, self.states_dtype)
+
+    @property
+    def answering_digest(self) -> str:
+        """Of what it answers with: the digest of the files in fp32, another in each other format.
+
+        Prompts are matched against `spec.digest`; scores and states are those of this one.
+        """
+        if self.number_format == "float32":
+            return self.spec.digest
+        text = f"{self.spec.digest}\n{self.number_format}"
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def size_bytes(self) -> int:
+        """What its weights take in memory."""
+        return size_bytes(self.model)
 
     @property
     def position_limit(self) -> int:

@@ -15,7 +15,6 @@ from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import Captured, PromptBatch
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.families import TESTED_VERSIONS
-from ptv2_core.model.backbones.quantized import Int8Linear
 from ptv2_core.model.prompts import LayerPrompt
 
 # ids from here on are words, or pieces of them, in every vocabulary
@@ -60,9 +59,7 @@ def check(backbone: Backbone) -> None:
     bare = _states(backbone, ids[:1], mask[:1], [None] * len(layers))[0]
     # the same row twice; the prompt is the first one's alone
     prompted, empty = _states(backbone, ids, mask, layers, captured)
-    is_exact = backbone.dtype == torch.float32 and not any(
-        isinstance(module, Int8Linear) for module in backbone.modules()
-    )
+    is_exact = backbone.dtype == torch.float32 and backbone.rounding is None
     tolerance = EXACT if is_exact else ROUGH
     problem = None
     if [one.layer for one in captured] != list(range(len(layers))):

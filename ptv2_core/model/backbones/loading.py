@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import try_to_load_from_cache  # type: ignore[attr-defined]
 
-from ptv2_core.config import AnsweringPrecision, Device, Precision
+from ptv2_core.config import Device, Precision
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import register_attention
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
@@ -21,6 +21,7 @@ from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
 from ptv2_core.model.backbones.quantized import quantize
+from ptv2_core.model.backbones.rounding import Rounding, loading_arguments, rounding_of
 
 
 def choose_device(device: Device = "auto") -> torch.device:
@@ -45,10 +46,13 @@ def choose_device(device: Device = "auto") -> torch.device:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the number format of the frozen weights; `auto` takes bf16 where it is fast."""
-    if precision == "auto":
-        return torch.bfloat16 if _is_fast_at_bf16(device) else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """Return the number format of the frozen weights; `auto` takes bf16 where it is fast.
+
+    Of weights that are rounded further it is that of everything else, as `auto` takes it.
+    """
+    if precision in ("fp32", "bf16"):
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if _is_fast_at_bf16(device) else torch.float32
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:
@@ -85,7 +89,7 @@ def load_backbone(
     revision: str | None = None,
     *,
     digest: str | None = None,
-    precision: AnsweringPrecision = "auto",
+    precision: Precision = "auto",
     device: Device = "auto",
     packs: bool = True,
     tunable: bool = False,
@@ -97,8 +101,9 @@ def load_backbone(
         name: As for `locate`.
         revision: As for `locate`.
         digest: Refuse weights with any other digest.
-        precision: Number format of the frozen weights; with int8, which is for answering on a CPU
-            alone, everything but the products is in what `auto` gives.
+        precision: Number format of the frozen weights. With int8 and nf4 everything but the
+            weights of linear layers is in what `auto` gives; see `rounding_of` for where they are
+            allowed.
         device: Where to put them.
         packs: Whether linear layers may be packed (bf16 on a CPU): faster, the same products.
         tunable: Whether copies of it will be trained: the weights stay in fp32, and `precision`
@@ -112,12 +117,7 @@ def load_backbone(
     location = locate(name, revision)
     config, family = _config(location)
     chosen = choose_device(device)
-    is_rounded = precision == "int8"
-    if is_rounded and (tunable or chosen.type != "cpu"):
-        raise BackboneError(
-            f"precision: int8 is for answering on a CPU, got device {chosen.type}"
-            f"{' and a backbone to train' if tunable else ''}; choose bf16 or fp32"
-        )
+    rounding = rounding_of(precision, chosen, tunable=tunable)
     found = location.digest()
     if digest is not None and digest != found:
         raise BackboneError(
@@ -127,10 +127,10 @@ def load_backbone(
         )
     names = _tensor_names(location)
     has_pooler = _has_pooler(family, names)
-    products = choose_precision("auto" if precision == "int8" else precision, chosen)
-    dtype = torch.float32 if tunable or is_rounded else products
-    model = _load_model(location, family, dtype, has_pooler)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    products = choose_precision(precision, chosen)
+    # our own int8 rounds the weights as they are, not as bf16 rounded them
+    dtype = torch.float32 if tunable or rounding == "int8" else products
+    model = _load_model(location, family, dtype, has_pooler, rounding, chosen)
     spec = BackboneSpec(
         name=location.name,
         revision=location.revision,
@@ -138,22 +138,23 @@ def load_backbone(
         model_type=config.model_type,
         shape=prompt_shape(config),
         hidden_size=config.hidden_size,
-        num_parameters=num_parameters,
+        num_parameters=model.num_parameters(),
         max_positions=config.max_position_embeddings,
         reads=_default_reading(location, family, names),
         has_pooler=has_pooler,
         is_causal=family.is_causal,
     )
-    if is_rounded:
-        # from the weights as they are, not as bf16 rounded them
+    if rounding == "int8":
         quantize(model)
         _cast(model, products)
-    model = model.to(chosen)
+    if not (rounding or "").startswith("bnb"):  # those are there already
+        model = model.to(chosen)
     if packs and chosen.type == "cpu" and model.dtype == torch.bfloat16 and can_pack():
         pack(model)
     words = None
     if language_model:
-        words = load_language_model(location, config, family, dtype, chosen)
+        exact = torch.float32 if tunable else products
+        words = load_language_model(location, config, family, exact, chosen)
     with explained(location.name, config.model_type):
         backbone = Backbone(
             model,
@@ -162,6 +163,7 @@ def load_backbone(
             first_position=family.first_position(config),
             language_model=words,
             product_dtype=products if tunable and products != dtype else None,
+            rounding=rounding,
         )
         check(backbone)
     return backbone
@@ -170,7 +172,8 @@ def load_backbone(
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Change the format of the weights; buffers, such as rotary frequencies, stay exact."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # others are rounded already
+            parameter.data = parameter.data.to(dtype)
 
 
 def _config(location: Location) -> tuple[Any, Family]:
@@ -220,11 +223,18 @@ def _default_reading(location: Location, family: Family, names: set[str]) -> Poo
 
 
 def _load_model(
-    location: Location, family: Family, dtype: torch.dtype, has_pooler: bool
-) -> nn.Module:
+    location: Location,
+    family: Family,
+    dtype: torch.dtype,
+    has_pooler: bool,
+    rounding: Rounding | None,
+    device: torch.device,
+) -> Any:
     register_attention()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    extra = {"add_pooling_layer": has_pooler} if family.has_pooler else {}
+    extra = loading_arguments(rounding, dtype, device)
+    if family.has_pooler:
+        extra["add_pooling_layer"] = has_pooler
     model, info = AutoModel.from_pretrained(
         location.folder,
         attn_implementation=family.attention,
@@ -242,7 +252,7 @@ def _load_model(
         )
     # DeBERTa's biases stay in fp32 otherwise, and its own products then mix two formats
     _cast(model, dtype)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def locate_offline(name: str, revision: str | None = None) -> Location | None:

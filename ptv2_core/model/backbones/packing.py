@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptv2_core.model.backbones.projections import replace_projections
+
 # rows of the products the layouts are chosen for; any other number gives the same result
 TYPICAL_ROWS = 2048
 
@@ -27,6 +29,11 @@ class PackedLinear(nn.Module):
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._layouts = Layouts(linear.weight.detach())
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What its layouts take, which are no parameters."""
+        return self._layouts.size_bytes
 
     def forward(self, states: Tensor) -> Tensor:
         """Return `[..., outputs]` for `[..., inputs]`."""
@@ -50,6 +57,12 @@ class Layouts:
         if self._backward is None:
             self._backward = _packed(self.forward.to_dense().t().contiguous())
         return self._backward
+
+    @property
+    def size_bytes(self) -> int:
+        """What they take, without what oneDNN may pad them with."""
+        held = (self.forward, self._backward)
+        return sum(one.numel() * one.dtype.itemsize for one in held if one is not None)
 
 
 class _Product(torch.autograd.Function):
@@ -91,8 +104,5 @@ def can_pack() -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Replace every `nn.Linear` in a frozen bf16 model on the CPU; its answers stay the same."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+    """Replace every linear layer in a frozen bf16 model on the CPU; its answers stay the same."""
+    replace_projections(model, PackedLinear)

@@ -7,6 +7,8 @@ other row of its batch, which one scale for all states would not give.
 import torch
 from torch import Tensor, nn
 
+from ptv2_core.model.backbones.projections import replace_projections
+
 LEVELS = 127
 # of a row of zeros
 SMALLEST = 1e-12
@@ -26,6 +28,12 @@ class Int8Linear(nn.Module):
         self._weight = (weight / self._scale[:, None]).round().to(torch.int8)
         self._bias = None if linear.bias is None else linear.bias.detach().float()
 
+    @property
+    def hidden_bytes(self) -> int:
+        """What its weights take, which are no parameters."""
+        held = (self._weight, self._scale, self._bias)
+        return sum(one.nbytes for one in held if one is not None)
+
     def forward(self, states: Tensor) -> Tensor:
         """Return `[..., outputs]` for `[..., inputs]`, in the format of the states."""
         flat = states.reshape(-1, states.shape[-1]).float()  # [..., inputs] -> [rows, inputs]
@@ -40,8 +48,5 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: nn.Module) -> None:
-    """Replace every `nn.Linear` in a frozen model on the CPU."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
+    """Replace every linear layer in a frozen model on the CPU."""
+    replace_projections(model, Int8Linear)
