@@ -30,7 +30,7 @@ from pipelines.threads import chosen_threads
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error, TrainingError
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.training.stack import Stack
+from ptv2_core.training.stack import Stack, shares_forward
 from ptv2_core.training.start import Start, check_positions
 from ptv2_core.training.trunk import TrunkCache
 
@@ -53,8 +53,8 @@ def open_lanes(
     """
     cache = trunk_cache(settings, paths)
     side_by_side = min(settings.search.parallel, settings.search.n_trials)
-    is_alike = settings.train.method in ("ptv2", "probe") and settings.train.init_from is None
-    if backbone.device.type == "cuda" and is_alike and not settings.train.backbone_dropout:
+    is_alike = shares_forward(settings.train) and settings.train.init_from is None
+    if backbone.device.type == "cuda" and is_alike:
         yield Stacked(settings, prepared, backbone, cache)
         return
     threads = chosen_threads()

@@ -161,22 +161,34 @@ class Stack:
         return result
 
 
+def shares_forward(config: TrainConfig) -> bool:
+    """Tell whether a trial with these settings can be in a stack."""
+    return _why_alone(config) is None
+
+
 def check_shares_forward(config: TrainConfig) -> None:
     """Refuse settings of a trial that cannot be in a stack.
 
     Raises:
         ConfigError: It would depend on its neighbours, or is no prompt.
     """
+    why = _why_alone(config)
+    if why is not None:
+        raise ConfigError(why)
+
+
+def _why_alone(config: TrainConfig) -> str | None:
     if config.backbone_dropout:
-        raise ConfigError(
+        return (
             "train.backbone_dropout: trials that share a forward share its draws, so a trial "
             "would depend on its neighbours; expected false, or trials one at a time"
         )
     if config.method not in ("ptv2", "probe"):
-        raise ConfigError(
+        return (
             f"train.method: trials of {config.method} cannot share a forward; expected ptv2 or "
             "probe, or trials one at a time"
         )
+    return None
 
 
 def _groups(lanes: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
