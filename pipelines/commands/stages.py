@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipelines.commands.shared import STAGES, Task, Workspace, make_console, say, task_of
+from ptv2_core.errors import ConfigError
 
 commands = typer.Typer()
 
@@ -104,11 +105,17 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        Literal["dev", "test"], typer.Option(help="With --compare: on which rows.")
-    ] = "dev",
+        Literal["dev", "test"] | None,
+        typer.Option(help="With --compare: on which rows; dev unless told otherwise."),
+    ] = None,
     workspace: Workspace = Path(),
 ) -> None:
     """Score the prompt on the held-out test split, or compare number formats of its backbone."""
+    if split is not None and not compare:
+        raise ConfigError(
+            f"--split: expected --compare beside it, got --split {split} alone; a prompt is scored "
+            "on dev and test (results/TASK/evaluate/metrics.json has both)"
+        )
     settings, paths = task_of(workspace, task)
     from pipelines.console import formats_table, progress
     from pipelines.stages import evaluate as stage
@@ -122,7 +129,7 @@ def evaluate(
         console = make_console()
         with progress(f"evaluate {task}", console) as on_progress:
             compared = compare_formats(
-                settings, paths, precisions, split=split, progress=on_progress
+                settings, paths, precisions, split=split or "dev", progress=on_progress
             )
         console.print(formats_table(compared))
         say(f"written   {paths.formats}")

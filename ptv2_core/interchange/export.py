@@ -78,7 +78,8 @@ def export_peft(
     predictor.verify_golden()
     weights = load_weights(source, manifest)
     assert weights.prompt is not None, "a prompt of ptv2 has one"
-    _check_window(manifest, backbone, source)
+    with limits.naming(source):
+        limits.check_window(backbone, manifest.prompt.length, manifest.encoding["max_length"])
     head = _head(manifest, weights, backbone, source) if with_head else {}
     padding = _padding(manifest, predictor, source) if with_head else None
     config = folder.AdapterConfig(
@@ -170,7 +171,7 @@ def _head(
     manifest: Manifest, weights: Weights, backbone: Backbone, source: Path
 ) -> Mapping[str, Tensor]:
     """Return the head as PEFT stores it."""
-    try:
+    with limits.naming(source):
         limits.check_width(backbone)
         head = heads.to_peft(
             weights.head_weight,
@@ -180,20 +181,10 @@ def _head(
             model_type=backbone.spec.model_type,
             pooler=pooler_of(backbone),
         )
-    except ArtifactError as error:
-        raise ArtifactError(f"{source}: {error}") from error
     for name, tensor in head.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{source}: {name} would be too large a number for fp32")
     return head
-
-
-def _check_window(manifest: Manifest, backbone: Backbone, source: Path) -> None:
-    """Refuse rows whose ends PEFT would not let see the prompt."""
-    try:
-        limits.check_window(backbone, manifest.prompt.length, manifest.encoding["max_length"])
-    except ArtifactError as error:
-        raise ArtifactError(f"{source}: {error}") from error
 
 
 def _padding(manifest: Manifest, predictor: Predictor, source: Path) -> int | None:
@@ -203,10 +194,8 @@ def _padding(manifest: Manifest, predictor: Predictor, source: Path) -> int | No
         return None
     named = padding_id(predictor.model.backbone)
     padding = predictor.codec.padding_id if named is None else named
-    try:
+    with limits.naming(source):
         limits.check_ends(predictor, [example["input"] for example in manifest.golden], padding)
-    except ArtifactError as error:
-        raise ArtifactError(f"{source}: {error}") from error
     return padding
 
 

@@ -138,10 +138,8 @@ def import_peft(
     # PEFT takes the types of a question's and a context's tokens, and drops them
     has_types = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     shared = min(STRIDE, length // 4) if stride is None else stride
-    try:
+    with limits.naming(source / folder.WEIGHTS_FILE):
         reads, trained = _weights(weights, config, task, backbone, with_head=with_head)
-    except ArtifactError as error:
-        raise ArtifactError(f"{source / folder.WEIGHTS_FILE}: {error}") from error
     head = HeadConfig(reads=reads)
     location = locate(name, revision or own_revision)
     predictor = Predictor(
@@ -155,10 +153,8 @@ def import_peft(
     inputs = _golden_inputs(task)
     padding = padding_id(backbone)
     if with_head and reads == "last" and task.form in ("rows", "values") and padding is not None:
-        try:
+        with limits.naming(source):
             limits.check_ends(predictor, inputs, padding)
-        except ArtifactError as error:
-            raise ArtifactError(f"{source}: {error}") from error
     return save_artifact(
         directory,
         trained,

@@ -1,12 +1,23 @@
 """Where a model under PEFT answers otherwise than the same prompt here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.task_models import states_width
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Say in an ArtifactError what was being read."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from error
 
 
 def window_limit(backbone: Backbone) -> int | None:

@@ -140,6 +140,13 @@ def test_number_formats_are_refused_before_anything_is_scored(
     assert not report.exists()
 
 
+def test_evaluate_refuses_rows_to_compare_on_where_nothing_is_compared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("evaluate", "--task", "intents", "--split", "dev") == 2
+    assert "--split: expected --compare beside it, got --split dev alone" in capsys.readouterr().err
+
+
 def test_number_formats_need_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("fetch", "prepare"):
         assert call(stage, "--task", "pairs") == 0
