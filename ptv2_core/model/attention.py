@@ -111,7 +111,7 @@ class PromptBatch:
         made: dict[tuple[int, int], Tensor | None] = {}
         masks = []
         for layer in layers:
-            length = 0 if layer is None else layer.keys.shape[2]
+            length = 0 if layer is None else layer.length
             own = None if layer is None else layer.mask
             alike = (length, id(own))
             if alike not in made:
@@ -144,7 +144,7 @@ class PromptBatch:
         made: dict[tuple[int, int, Sight], Tensor | None] = {}
         masks = []
         for layer, mask, sight in zip(self.layers, self.masks, sights, strict=True):
-            length = 0 if layer is None else layer.keys.shape[2]
+            length = 0 if layer is None else layer.length
             alike = (length, id(mask), sight)
             if alike not in made:
                 made[alike] = mask
@@ -267,9 +267,10 @@ def prompted_attention(
     own_key, own_value = key, value
     prompt, length = prompts.prompt, 0
     if prompt is not None:
-        rows, length = query.shape[0], prompt.keys.shape[2]
-        key = torch.cat([prompt.keys.expand(rows, -1, -1, -1), key], dim=2)
-        value = torch.cat([prompt.values.expand(rows, -1, -1, -1), value], dim=2)
+        rows, length = query.shape[0], prompt.length
+        keys, values = prompt.keys_and_values()
+        key = torch.cat([keys.expand(rows, -1, -1, -1), key], dim=2)
+        value = torch.cat([values.expand(rows, -1, -1, -1), value], dim=2)
     mask = _added(prompts.mask, attention_mask, length, query.dtype)
     group = query.shape[1] // key.shape[1]
     if group > 1:

@@ -135,14 +135,24 @@ class LayerPrompt:
     """What one layer sees of a batch's prompts, padded to the longest.
 
     Attributes:
-        keys: `[B or 1, N, P, D]`; one row stands for all rows.
-        values: Like `keys`.
+        pairs: Keys and values, `[B or 1, 2, N, P, D]`, where one row stands for all rows; or
+            `[2, N, P, D]` of each row, joined when the layer asks and gone when it is done.
         mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
     """
 
-    keys: Tensor
-    values: Tensor
+    pairs: Tensor | tuple[Tensor, ...]
     mask: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Return P."""
+        return self.pairs[0].shape[2]
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values, `[B or 1, N, P, D]` each."""
+        joined = torch.stack(self.pairs) if isinstance(self.pairs, tuple) else self.pairs
+        keys, values = joined.unbind(1)
+        return keys, values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,19 +275,21 @@ class PromptBank(nn.Module):
                 # by way of one a slot, so that its gradient is one sum over its rows
                 index = torch.tensor([unique.index(slot) for slot in named], device=device)
                 rows = torch.stack(list(padded.values())).index_select(0, index)
+                by_layer: Sequence[Tensor | tuple[Tensor, ...]] = rows.unbind(1)
             else:
-                # every row is copied once: serving spends its time here
-                rows = torch.stack([padded[slot] for slot in named])  # [B, union, 2, N, P, D]
+                # nothing is copied yet: of all layers at once it would be new memory in every
+                # forward, which costs more than the copy; that of one layer is used again
+                parts = {slot: prompt.unbind(0) for slot, prompt in padded.items()}
+                by_layer = list(zip(*(parts[slot] for slot in named), strict=True))
             masks: dict[tuple[int, ...], Tensor] = {}
-            for layer, pair in zip(union, rows.unbind(1), strict=True):
-                keys, values = pair.unbind(1)
+            for layer, pairs in zip(union, by_layer, strict=True):
                 lengths = tuple(
                     self.configs[slot].length if layer in own[slot] else 0 for slot in named
                 )
                 if lengths not in masks:
                     sizes = torch.tensor(lengths, device=device)
                     masks[lengths] = torch.arange(longest, device=device)[None] < sizes[:, None]
-                layers[layer] = LayerPrompt(keys=keys, values=values, mask=masks[lengths])
+                layers[layer] = LayerPrompt(pairs=pairs, mask=masks[lengths])
         shifts = torch.tensor([self.shift(slot) for slot in named], device=device)
         return Gathered(layers=layers, shifts=shifts)
 
@@ -291,9 +303,8 @@ class PromptBank(nn.Module):
         if self.layers(slot):
             prompt = self.prompt(slot, keep.get(slot)).to(device, dtype)
             # unbind, not indexing: its gradient is one stack, not a sum of L padded tensors
-            for layer, pair in zip(self.layers(slot), prompt[:, :, None].unbind(0), strict=True):
-                keys, values = pair.unbind(0)
-                layers[layer] = LayerPrompt(keys=keys, values=values, mask=None)
+            for layer, pairs in zip(self.layers(slot), prompt[:, None].unbind(0), strict=True):
+                layers[layer] = LayerPrompt(pairs=pairs, mask=None)
         shifts = torch.tensor([self.shift(slot)], device=device)
         return Gathered(layers=layers, shifts=shifts, inputs=inputs)
 

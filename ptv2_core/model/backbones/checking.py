@@ -103,9 +103,9 @@ def _prompt(backbone: Backbone, seed: int) -> LayerPrompt:
     shape = backbone.spec.shape
     generator = torch.Generator().manual_seed(seed)
     size = (2, 2, shape.num_heads, LENGTH, shape.head_size)
-    keys, values = torch.randn(size, generator=generator).to(backbone.device, backbone.states_dtype)
+    drawn = torch.randn(size, generator=generator).to(backbone.device, backbone.states_dtype)
     sees = torch.tensor([[True] * LENGTH, [False] * LENGTH], device=backbone.device)
-    return LayerPrompt(keys=keys, values=values, mask=sees)
+    return LayerPrompt(pairs=drawn.transpose(0, 1), mask=sees)
 
 
 def _states(
@@ -144,8 +144,9 @@ def _attention(layer: Captured, prompt: LayerPrompt) -> tuple[Tensor, Tensor]:
     assert layer.context is not None, "whatever is captured holds what attention gave"
     query = layer.query[0, :, :NUM_TOKENS].double()  # [G * N, T, D]
     group = len(query) // layer.key.shape[1]
-    keys = torch.cat([prompt.keys[0], layer.key[0]], dim=1).double()  # [N, S, D]
-    values = torch.cat([prompt.values[0], layer.value[0]], dim=1).double()
+    own_keys, own_values = prompt.keys_and_values()
+    keys = torch.cat([own_keys[0], layer.key[0]], dim=1).double()  # [N, S, D]
+    values = torch.cat([own_values[0], layer.value[0]], dim=1).double()
     added = torch.zeros(len(query), NUM_TOKENS, keys.shape[1], dtype=torch.float64)
     added = added.to(query.device)
     if layer.bias is not None:
