@@ -136,12 +136,15 @@ class LayerPrompt:
 
     Attributes:
         pairs: Keys and values, `[B or 1, 2, N, P, D]`, where one row stands for all rows; or
-            `[2, N, P, D]` of each row, joined when the layer asks and gone when it is done.
+            `[2, N, P, D]` of each row, joined when the layer asks.
         mask: `[B, P]`, true at positions of the row's own prompt; None: all are.
+        scratch: `[B, 2, N, P, D]`, where separate rows are joined; layers that are run one after
+            the other share it.
     """
 
     pairs: Tensor | tuple[Tensor, ...]
     mask: Tensor | None
+    scratch: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -149,9 +152,11 @@ class LayerPrompt:
         return self.pairs[0].shape[2]
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and the values, `[B or 1, N, P, D]` each."""
-        joined = torch.stack(self.pairs) if isinstance(self.pairs, tuple) else self.pairs
-        keys, values = joined.unbind(1)
+        """Return the keys and the values, `[B or 1, N, P, D]` each, until another layer asks."""
+        pairs = self.pairs
+        if isinstance(pairs, tuple):
+            pairs = torch.stack(pairs, out=self.scratch)
+        keys, values = pairs.unbind(1)
         return keys, values
 
 
@@ -276,11 +281,13 @@ class PromptBank(nn.Module):
                 index = torch.tensor([unique.index(slot) for slot in named], device=device)
                 rows = torch.stack(list(padded.values())).index_select(0, index)
                 by_layer: Sequence[Tensor | tuple[Tensor, ...]] = rows.unbind(1)
+                scratch = None
             else:
-                # nothing is copied yet: of all layers at once it would be new memory in every
-                # forward, which costs more than the copy; that of one layer is used again
+                # nothing is copied yet: memory that is new in every forward costs more than the
+                # copy, and all layers want what one does
                 parts = {slot: prompt.unbind(0) for slot, prompt in padded.items()}
                 by_layer = list(zip(*(parts[slot] for slot in named), strict=True))
+                scratch = by_layer[0][0].new_empty((len(named), *by_layer[0][0].shape))
             masks: dict[tuple[int, ...], Tensor] = {}
             for layer, pairs in zip(union, by_layer, strict=True):
                 lengths = tuple(
@@ -289,7 +296,7 @@ class PromptBank(nn.Module):
                 if lengths not in masks:
                     sizes = torch.tensor(lengths, device=device)
                     masks[lengths] = torch.arange(longest, device=device)[None] < sizes[:, None]
-                layers[layer] = LayerPrompt(pairs=pairs, mask=masks[lengths])
+                layers[layer] = LayerPrompt(pairs=pairs, mask=masks[lengths], scratch=scratch)
         shifts = torch.tensor([self.shift(slot) for slot in named], device=device)
         return Gathered(layers=layers, shifts=shifts)
 

@@ -75,13 +75,6 @@ def test_backbone_that_is_not_there_is_refused(
         locate(name, revision)
 
 
-def test_backbone_without_safetensors_is_refused(tmp_path: Path) -> None:
-    folder = tiny_backbone(tmp_path / "bert")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match=r"has no model.safetensors"):
-        locate(str(folder))
-
-
 def test_backbone_that_is_damaged_is_refused(tmp_path: Path) -> None:
     folder = tiny_backbone(tmp_path / "bert")
     file = folder / "model.safetensors"

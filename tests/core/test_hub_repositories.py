@@ -16,6 +16,7 @@ from transformers import (
 from ptv2_core.config import PromptConfig
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
+from ptv2_core.model.backbones import hub
 from ptv2_core.model.backbones.loading import load_backbone, locate_offline
 from ptv2_core.model.backbones.locating import load_tokenizer, locate
 from tests.core.family_parts import tiny_family
@@ -73,6 +74,8 @@ def test_repository_of_shards_keeps_its_digest(folder: Path, tmp_path: Path) -> 
         ('{"weight_map": {"a": "/other.safetensors"}}', "names '/other.safetensors'"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "names 'pytorch_model.bin'"),
         ('{"weight_map": {"a": 3}}', "names '3'"),
+        ('{"weight_map": {"a": ["b"]}}', "names .*'b'"),
+        ("[" * 100_000, "could not be read"),
     ],
 )
 def test_repository_with_a_bad_index_is_refused(folder: Path, index: str, message: str) -> None:
@@ -118,7 +121,8 @@ def test_repository_with_an_adapter_over_it_is_refused(folder: Path) -> None:
 def test_repository_of_another_format_is_refused_with_a_way_out(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / WEIGHTS).rename(folder / name)
-    message = rf"\(there is {name}\).*on a machine that you trust: .*save_pretrained.*refs/pr/N"
+    found = rf"has no {WEIGHTS} in .*\(there is {name}\)"
+    message = rf"{found}.*on a machine that you trust: .*save_pretrained.*refs/pr/N"
     with pytest.raises(BackboneError, match=message):
         locate(str(folder))
 
@@ -134,6 +138,20 @@ def test_repository_with_pickles_beside_safetensors_is_taken(folder: Path) -> No
     digest = locate(str(folder)).digest()
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     assert open_backbone(folder).spec.digest == digest
+
+
+def test_repository_without_a_configuration_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(BackboneError, match=r"has no config.json in .* Name the folder that"):
+        locate(str(folder))
+
+
+def test_repository_is_not_searched_all_the_way_down_for_other_formats(folder: Path) -> None:
+    deep = folder / "one" / "two"
+    deep.mkdir(parents=True)
+    (folder / WEIGHTS).rename(deep / "model.bin")
+    with pytest.raises(BackboneError, match=r"other formats are not loaded, since"):
+        locate(str(folder))
 
 
 # Code of its own
@@ -204,7 +222,7 @@ def test_repository_at_a_branch_is_refused_with_the_commit_that_the_cache_knows(
     for revision in ("main", None):
         with pytest.raises(BackboneError, match=f"'main' is {COMMIT}, which would be"):
             locate("org/model", revision)
-    with pytest.raises(BackboneError, match=r"got 'v1\.0'\. .*huggingface.co/org/model/commits"):
+    with pytest.raises(BackboneError, match=r"got 'v1\.0'\. .*page on the hub"):
         locate("org/model", "v1.0")
 
 
@@ -212,6 +230,24 @@ def test_repository_at_a_branch_is_refused_with_the_commit_that_the_cache_knows(
 def test_repository_at_a_short_commit_is_refused(cache: Path, revision: str) -> None:
     with pytest.raises(BackboneError, match=rf"got '{revision}': all 40, in small letters"):
         locate("org/model", revision)
+
+
+def test_repository_at_a_commit_and_a_line_end_is_refused(cache: Path) -> None:
+    with pytest.raises(BackboneError, match="must be pinned to a commit"):
+        locate("org/model", f"{COMMIT}\n")
+
+
+def test_repository_on_a_hub_that_does_not_answer_is_refused_with_a_way_out(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "cached_file", unreachable)
+    message = r"no route to the hub\. Check the name.* set HF_HUB_OFFLINE=1; or name a local"
+    with pytest.raises(BackboneError, match=message):
+        locate("org/model", COMMIT)
 
 
 # Checkpoints of tasks

@@ -32,15 +32,14 @@ def weight_files(folder: Path) -> list[Path]:
             f"backbone.name: {index} is damaged: expected a weight_map from tensors to files; "
             "get the backbone's files again."
         )
-    shards = set(named.values())
     # anything else may lie outside of the folder, or be a pickle
-    foreign = sorted(str(shard) for shard in shards if not _is_own(shard))
+    foreign = sorted(str(shard) for shard in named.values() if not _is_own(shard))
     if foreign:
         raise BackboneError(
             f"backbone.name: {index} names {foreign[0]!r}; expected names of safetensors files in "
             "its own folder. Get the backbone's files again, from where they can be trusted."
         )
-    return [folder / shard for shard in sorted(shards)]
+    return [folder / shard for shard in sorted(set(named.values()))]
 
 
 def check_files(name: str, folder: Path) -> None:
@@ -110,7 +109,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(
             f"backbone.name: {file} could not be read ({error}); get the backbone's files again."
         ) from error
@@ -129,11 +128,15 @@ def _is_own(shard: Any) -> bool:
 def _lacks(name: str, folder: Path, absent: str) -> BackboneError:
     start = f"backbone.name: {name!r} has no {absent} in {folder}; expected config.json, "
     start += f"{WEIGHTS} (or its shards) and tokenizer files."
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    if absent not in (WEIGHTS, "config.json"):
+    if absent == "config.json":
+        return BackboneError(f"{start} Name the folder that save_pretrained() wrote.")
+    if absent != WEIGHTS:
         return BackboneError(f"{start} {WEIGHTS_INDEX} names it; get the missing shards.")
+    # no deeper: a wrong name may be that of a folder with everything in it
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    names = sorted(str(file.relative_to(folder)) for file in files if file.is_file())
     tensors = [file for file in names if file.endswith(".safetensors")]
-    if absent == WEIGHTS and tensors:
+    if tensors:
         return BackboneError(
             f"{start} There is {_some(tensors)}: a variant in another number format, or shards "
             f"without their {WEIGHTS_INDEX}. Get the plain files (backbone.precision rounds them), "

@@ -29,8 +29,8 @@ OTHERS = (
     "added_tokens.json",
     "1_Pooling/config.json",
 )
-_COMMIT = re.compile(r"^[0-9a-f]{40}$")
-_SHORT = re.compile(r"^[0-9a-fA-F]{7,40}$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHORT = re.compile(r"[0-9a-fA-F]{7,40}")
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -43,7 +43,7 @@ def fetch(name: str, revision: str | None) -> Path:
     Raises:
         BackboneError: It is no commit, or the files cannot be had.
     """
-    if revision is None or not _COMMIT.match(revision):
+    if revision is None or not _COMMIT.fullmatch(revision):
         raise _unpinned(name, revision)
     if is_offline_mode():
         return _cached(name, revision)
@@ -62,10 +62,11 @@ def fetch(name: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {name!r} at {revision} could not be had from the hub: {error}. Check "
-            "the name and the network, or name a local folder. A repository without "
-            f"{WEIGHTS} has its weights in other formats alone, which are not loaded: pin the "
-            "commit of its safetensors conversion (a pull request there, refs/pr/N), or convert "
-            "it on a machine that you trust with save_pretrained()."
+            "the name, the commit and the network. Where all of it is on this machine already, set "
+            "HF_HUB_OFFLINE=1; or name a local folder. A repository that has its weights in other "
+            "formats alone is not loaded: pin the commit of its safetensors conversion (a pull "
+            "request there, refs/pr/N), or convert it on a machine that you trust with "
+            "save_pretrained()."
         ) from error
     return folder
 
@@ -109,14 +110,14 @@ def _unpinned(name: str, revision: str | None) -> BackboneError:
     )
     copy = (
         "Mend the folder's name (from another folder: --backbone), or copy the commit from the "
-        f"model's page on the hub (https://huggingface.co/{name}/commits)."
+        "model's page on the hub (its history of commits)."
     )
-    if revision and _SHORT.match(revision):
+    if revision and _SHORT.fullmatch(revision):
         return BackboneError(f"{expected}: all 40, in small letters. {copy}")
     # a branch or a tag; the cache knows at which commit it last was
     found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
     commit = Path(found).parent.name if isinstance(found, str) else ""
-    if _COMMIT.match(commit):
+    if _COMMIT.fullmatch(commit):
         return BackboneError(
             f"{expected}; in this machine's cache {revision or 'main'!r} is "
             f"{commit}, which would be `backbone.revision: {commit}`. {copy}"
