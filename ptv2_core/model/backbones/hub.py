@@ -62,7 +62,8 @@ def fetch(name: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"backbone.name: {name!r} at {revision} could not be had from the hub: {error}. Check "
-            "the name and the network, or name a local folder. A repository without "
+            "the name and the network (HF_HUB_OFFLINE=1 reads a whole copy in this machine's cache "
+            "without one), or name a local folder. A repository without "
             f"{WEIGHTS} has its weights in other formats alone, which are not loaded: pin the "
             "commit of its safetensors conversion (a pull request there, refs/pr/N), or convert "
             "it on a machine that you trust with save_pretrained()."
