@@ -20,9 +20,9 @@ from ptv2_core.data.examples import (
 )
 from ptv2_core.data.parsing import parse_records, require_right_options
 from ptv2_core.data.tasks import METRICS, TaskSpec
-from ptv2_core.errors import DataError
+from ptv2_core.errors import ConfigError, DataError
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import Location, load_tokenizer, locate
 
 TASK_FILE = "task.json"
 
@@ -98,6 +98,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
     Raises:
         DataError: Records are not what the task's settings say; nothing is written.
         BackboneError: The backbone's tokenizer is not there.
+        ConfigError: Rows would be longer than the tokenizer says its model can read.
     """
     prepare = settings.prepare
     location = locate(settings.backbone.name, settings.backbone.revision)
@@ -113,6 +114,7 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
         template=prepare.chosen_template(),
     )
     tokenizer = load_tokenizer(location, words=task.form == "tokens")
+    _check_length(prepare.max_length, tokenizer.model_max_length, location)
     reports: dict[str, EncodingReport] = {}
     with replace_directory(paths.prepared) as folder:
         for split, examples in splits.items():
@@ -138,6 +140,17 @@ def run(settings: TaskSettings, paths: TaskPaths) -> PrepareReport:
         write_json_atomic(folder / TASK_FILE, stored)
         write_json_atomic(folder / "report.json", asdict(report))
     return report
+
+
+def _check_length(max_length: int, limit: float, location: Location) -> None:
+    # where there is no limit, Transformers puts a number that no row reaches
+    if max_length > limit:
+        raise ConfigError(
+            f"prepare.max_length: expected at most {limit}, which the tokenizer of "
+            f"{location.name!r} gives as its model's limit (model_max_length in "
+            f"{location.folder / 'tokenizer_config.json'}), got {max_length}; lower it. Beyond "
+            "that the model was not trained, whatever its max_position_embeddings say."
+        )
 
 
 def _parsed(settings: TaskSettings, paths: TaskPaths) -> tuple[dict[str, list[Example]], int]:

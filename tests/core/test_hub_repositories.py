@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,69 @@ def test_repository_on_a_hub_that_does_not_answer_is_refused_with_a_way_out(
     monkeypatch.setattr(hub, "cached_file", unreachable)
     message = r"no route to the hub\. Check the name.* set HF_HUB_OFFLINE=1; or name a local"
     with pytest.raises(BackboneError, match=message):
+        locate("org/model", COMMIT)
+
+
+# A hub
+
+
+@pytest.fixture
+def served(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+    """Answer requests from a folder; the result lists them."""
+
+    def serve(folder: Path) -> list[str]:
+        asked: list[str] = []
+        snapshot = cache / "models--org--model" / "snapshots" / COMMIT
+
+        def cached_file(name: str, file: str, *, revision: str, **how: bool) -> str | None:
+            assert (name, revision) == ("org/model", COMMIT)
+            asked.append(file)
+            if not (folder / file).is_file():
+                if how == {"_raise_exceptions_for_missing_entries": False}:
+                    return None
+                raise OSError(f"there is no {file}")
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, snapshot / file)
+            return str(snapshot / file)
+
+        monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+        monkeypatch.setattr(hub, "cached_file", cached_file)
+        return asked
+
+    return serve
+
+
+def test_repository_on_a_hub_is_fetched_whole_and_no_pickle_with_it(
+    folder: Path, tmp_path: Path, served: Callable[[Path], list[str]]
+) -> None:
+    shards = in_shards(folder, tmp_path / "shards")
+    (shards / "pytorch_model.bin").write_bytes(b"")
+    (shards / "1_Pooling").mkdir()
+    (shards / "1_Pooling" / "config.json").write_text("{}")
+    asked = served(shards)
+    location = locate("org/model", COMMIT)
+    assert location.digest() == locate(str(shards)).digest()
+    assert location.tokenizer_digest() == locate(str(shards)).tokenizer_digest()
+    assert (location.folder / "1_Pooling" / "config.json").is_file()
+    assert "pytorch_model.bin" not in asked
+    assert not any(file.endswith(".py") for file in asked)
+    load_tokenizer(location)
+
+
+def test_repository_on_a_hub_with_older_tokenizer_files_gets_those(
+    folder: Path, served: Callable[[Path], list[str]]
+) -> None:
+    (folder / "tokenizer.json").rename(folder / "vocab.txt")
+    served(folder)
+    assert (locate("org/model", COMMIT).folder / "vocab.txt").is_file()
+
+
+def test_repository_on_a_hub_without_safetensors_is_refused_with_a_way_out(
+    folder: Path, served: Callable[[Path], list[str]]
+) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    served(folder)
+    with pytest.raises(BackboneError, match=rf"there is no {INDEX}\. .*refs/pr/N"):
         locate("org/model", COMMIT)
 
 

@@ -1,6 +1,7 @@
 """prepare, from files as published to encoded splits, for every kind of task."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from pipelines.settings import load_settings
 from pipelines.stages import fetch, prepare
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.data.tasks import FORMS, METRICS, TaskKind
-from ptv2_core.errors import DataError
+from ptv2_core.errors import ConfigError, DataError
 from tests.tiny import tiny_backbone
 
 ROWS = 12
@@ -156,3 +157,21 @@ def test_a_query_without_its_answer_among_the_entities_is_refused(root: Path) ->
     with pytest.raises(DataError, match=r"query 1: none of the answers \(lima\) is an entity"):
         run(root, "record")
     file.write_text(kept)
+
+
+@pytest.mark.parametrize(("limit", "is_refused"), [(24, False), (23, True), (10**30, False)])
+def test_rows_longer_than_the_tokenizers_limit_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, is_refused: bool
+) -> None:
+    own = shutil.copytree(root, tmp_path / "own", ignore=shutil.ignore_patterns("data"))
+    monkeypatch.chdir(own)
+    file = own / "backbone" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "model_max_length": limit}))
+    if not is_refused:
+        run(own, "classification")
+        return
+    message = r"prepare\.max_length: expected at most 23, .*model_max_length in .*, got 24; lower"
+    with pytest.raises(ConfigError, match=message):
+        run(own, "classification")
+    assert not (own / "data" / "prepared" / "classification").exists()

@@ -12,6 +12,7 @@ import numpy as np
 
 from ptv2_core.data.encoding.split import IntArray
 from ptv2_core.data.examples import OptionsExample, TextExample, TokensExample
+from ptv2_core.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -139,6 +140,8 @@ def _encoded(
         keeps_second: See `text_rows`.
     """
     assert len(seconds) in (0, len(firsts)), "all examples have a second text, or none has"
+    if seconds:
+        require_separator(tokenizer)
     for places in chunks(range(len(firsts))):
         pairs = [seconds[place] for place in places] if seconds else None
         ways = ["longest_first"] * len(places)
@@ -160,6 +163,21 @@ def _encoded(
             )
             found |= {at: (encoded, place) for place, at in enumerate(chosen)}
         yield from (found[at] for at in range(len(places)))
+
+
+def require_separator(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer whose rows do not show where a second text begins.
+
+    Raises:
+        DataError: It puts nothing between two texts.
+    """
+    special = tokenizer.num_special_tokens_to_add
+    if special(pair=True) <= special(pair=False):
+        raise DataError(
+            "the backbone's tokenizer puts nothing between two texts: expected a sep_token or an "
+            "eos_token in its tokenizer_config.json, or a token for a new line; name one, or take "
+            "another backbone"
+        )
 
 
 def token_counts(texts: Sequence[Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:

