@@ -28,7 +28,6 @@ from benchmarks.sweep_overhead import Overhead
 from benchmarks.sweep_report import drawn
 from benchmarks.sweep_ways import (
     ENGINE,
-    FILES,
     GRID,
     OURS,
     TPE,
@@ -55,8 +54,14 @@ RATES = (5e-3, 7e-3, 1e-2)
 LENGTHS = (4, 8, 16, 32, 64, 128)
 
 
-def plans(*, quick: bool) -> list[Plan]:
-    """Return what is searched: in full as docs/optimisation.md cuts the data, or a small part."""
+def plans(*, quick: bool, whole_grid: bool = False) -> list[Plan]:
+    """Return what is searched: in full as docs/optimisation.md cuts the data, or a small part.
+
+    Args:
+        quick: Few rows, cells, trials and epochs.
+        whole_grid: All of the released script's cells, when quick too.
+    """
+    few_cells = quick and not whole_grid
     rows = {"slots": 1000 if quick else 1500, "rte": 400 if quick else 1200}
     sections = {"slots": ("snips", SLOTS), "rte": ("rte", PAIRS)}
     return [
@@ -65,8 +70,8 @@ def plans(*, quick: bool) -> list[Plan]:
             data=data,
             prepare={**section, "max_rows": {"train": rows[task], "test": 10}},
             epochs=4 if quick else 6,
-            rates=(5e-3, 1e-2) if quick else RATES,
-            lengths=(8, 32, 128) if quick else LENGTHS,
+            rates=(5e-3, 1e-2) if few_cells else RATES,
+            lengths=(8, 32, 128) if few_cells else LENGTHS,
             n_trials=8 if quick else 24,
             seeds=(42,) if quick else (42, 43, 44),
             engines=(OURS,) if quick else (OURS, ENGINE),
@@ -146,6 +151,15 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rows, cells and trials; minutes")
+    parser.add_argument(
+        "--whole-grid", action="store_true", help="the released script's 18 cells, if --quick too"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=[plan.task for plan in plans(quick=True)],
+        help="search this task only; may be repeated",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
     parser.add_argument(
         "--curves",
@@ -157,8 +171,12 @@ def main(words: Sequence[str] | None = None) -> None:
     set_up(threads=1)
     console = Console(width=TABLE_WIDTH)
     data = data_folder()
-    missing = [name for name in FILES if not (data / name).is_dir()]
-    chosen = plans(quick=given.quick)
+    chosen = [
+        plan
+        for plan in plans(quick=given.quick, whole_grid=given.whole_grid)
+        if given.task is None or plan.task in given.task
+    ]
+    missing = sorted(plan.data for plan in chosen if not (data / plan.data).is_dir())
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         if missing:

@@ -29,7 +29,10 @@ def bench_data_directory() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` or `bench_data` where there is neither."""
+    """Put files with slow tests first; skip `gpu` and `bench_data` where there is neither."""
+    # else a worker may begin with a minute-long file when the others have nothing left to do
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_cuda():
         _skip(gpu, "needs a CUDA device")

@@ -1,6 +1,7 @@
 """The arithmetic of `python -m benchmarks.sweep`; nothing here depends on how long it takes."""
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_grid_in_full_has_the_rates_and_lengths_of_the_released_script() -> None
 
 
 @pytest.mark.bench_data
+def test_grid_can_be_whole_where_all_else_is_quick() -> None:
+    for quick, whole, full in zip(
+        plans(quick=True),
+        plans(quick=True, whole_grid=True),
+        plans(quick=False),
+        strict=True,
+    ):
+        assert (whole.rates, whole.lengths) == (full.rates, full.lengths)
+        assert replace(whole, rates=quick.rates, lengths=quick.lengths) == quick
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_workspace_of_a_search_has_settings_that_are_accepted(quick: bool, tmp_path: Path) -> None:
     plan = plans(quick=quick)[1]

@@ -54,8 +54,8 @@ def test_chain_goes_on_after_sigkill_in_search_and_in_training(tmp_path: Path) -
     root = make_repository(
         tmp_path / "killed",
         {"intents": PARAMS["tasks"]["intents"]},
-        search={**PARAMS["search"], "n_trials": 4, "epochs": 90, "pruner": "none"},
-        train={"prompt": {"length": 4}, "epochs": 300, "batch_size": 16, "patience": 300},
+        search={**PARAMS["search"], "n_trials": 4, "epochs": 40, "pruner": "none"},
+        train={"prompt": {"length": 4}, "epochs": 120, "batch_size": 16, "patience": 120},
     )
     kill_once(root, lambda: len(complete(root)) >= 2 and trials(root)[-1][1] == "RUNNING")
     kept = complete(root)
