@@ -46,10 +46,10 @@ demo: setup ## Run the chain on the demo tasks, pull a prompt from the registry 
 	$(BIN)/ptv2 predict .ptv2/pulled/intents "no refund please, just put me on a later plane"
 
 test: setup ## Run all tests but the long ones (over two minutes)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long" $(ARGS)
 
 test-all: setup ## Run all tests, the long ones too
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
 
 test-versions: setup ## Run what touches Transformers under its oldest and its newest supported version
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/nox $(if $(ARGS),-- $(ARGS))

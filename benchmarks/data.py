@@ -14,7 +14,8 @@ from ptv2_core.data.examples import (
 from ptv2_core.data.fields import Fields
 from ptv2_core.data.parsing import parse_records
 from ptv2_core.data.tasks import METRICS, TaskKind, TaskSpec
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 
 MAX_LENGTH = 128
 PAIR = Fields(text="premise", text_pair="hypothesis", label="label")

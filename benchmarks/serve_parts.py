@@ -26,7 +26,8 @@ from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import Location, load_tokenizer, locate
+from ptv2_core.model.backbones.locating import Location, locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.model.heads import LinearHead
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank, make_prompt

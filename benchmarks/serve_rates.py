@@ -21,7 +21,7 @@ from benchmarks.serve_parts import MAX_LENGTH, Prompts, run_on_loop, task_of
 from benchmarks.serve_ways import IdsArray, LogitsArray, Way, grouped
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.evaluation.codec import Codec
-from ptv2_core.model.backbones.locating import load_tokenizer
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_serving.engine.engine import Engine, EngineConfig
 from ptv2_serving.engine.forward import BackboneChoice
 

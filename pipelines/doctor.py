@@ -36,8 +36,9 @@ from ptv2_core.model.backbones.loading import (
     locate_offline,
     precision_reason,
 )
-from ptv2_core.model.backbones.locating import Location, load_tokenizer
+from ptv2_core.model.backbones.locating import Location
 from ptv2_core.model.backbones.rounding import rounding_of
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_serving.tracking import StoreError, check_answers, resolve_uri, shown, sqlite_path
 
 State = Literal["ok", "note", "problem"]

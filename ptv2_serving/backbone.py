@@ -15,7 +15,8 @@ from ptv2_core.errors import ArtifactError, BackboneError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import Location, load_tokenizer, locate
+from ptv2_core.model.backbones.locating import Location, locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 
 
 class Verifier:

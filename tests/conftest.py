@@ -28,6 +28,12 @@ def bench_data_directory() -> Path:
     return Path(os.environ.get("PTV2_BENCH_DATA") or ROOT.parent / "shared" / "data")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist hand files out in the order that the next function gives them."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first; skip `gpu` and `bench_data` where there is neither."""
     # else a worker may begin with a minute-long file when the others have nothing left to do

@@ -110,7 +110,6 @@ def test_grid_in_full_has_the_rates_and_lengths_of_the_released_script() -> None
         assert plan.lengths == (4, 8, 16, 32, 64, 128)
 
 
-@pytest.mark.bench_data
 def test_grid_can_be_whole_where_all_else_is_quick() -> None:
     for quick, whole, full in zip(
         plans(quick=True),
@@ -122,6 +121,7 @@ def test_grid_can_be_whole_where_all_else_is_quick() -> None:
         assert replace(whole, rates=quick.rates, lengths=quick.lengths) == quick
 
 
+@pytest.mark.bench_data
 @pytest.mark.parametrize("quick", [True, False])
 def test_workspace_of_a_search_has_settings_that_are_accepted(quick: bool, tmp_path: Path) -> None:
     plan = plans(quick=quick)[1]

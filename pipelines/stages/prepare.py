@@ -22,7 +22,8 @@ from ptv2_core.data.parsing import parse_records, require_right_options
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.errors import ConfigError, DataError
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
-from ptv2_core.model.backbones.locating import Location, load_tokenizer, locate
+from ptv2_core.model.backbones.locating import Location, locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 
 TASK_FILE = "task.json"
 

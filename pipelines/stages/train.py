@@ -34,7 +34,8 @@ from ptv2_core.files import replace_directory, write_json_atomic, write_text_ato
 from ptv2_core.machine import peak_device_memory_bytes, peak_memory_bytes
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.parallel import Team
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.records import EpochRecord, TrainReport

@@ -21,7 +21,8 @@ from ptv2_core.evaluation.forms.base import Decoding
 from ptv2_core.evaluation.scoring import EVALUATION_ROWS, logits_of_batch
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.model.prompted import PromptedModel
 
 TOKEN_BUDGET = 8192

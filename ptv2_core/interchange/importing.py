@@ -16,8 +16,9 @@ from ptv2_core.interchange.folder import AdapterConfig, AdapterWeights
 from ptv2_core.manifest import FILES, MANIFEST_FILE, Manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.backbones.task_models import TASK_MODELS, padding_id, pooler_of
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.model.heads import LinearHead, reading_for
 
 MAX_LENGTH = 512

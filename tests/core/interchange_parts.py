@@ -23,7 +23,8 @@ from ptv2_core.data.batching import Batch, collate
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.interchange.importing import task_of
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.model.heads import LinearHead, reading_for
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank, make_prompt

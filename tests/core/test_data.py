@@ -23,7 +23,8 @@ from ptv2_core.data.examples import (
 from ptv2_core.data.fields import Fields
 from ptv2_core.data.parsing import parse_records, repair_tags
 from ptv2_core.errors import DataError
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.tiny import byte_level_backbone, examples_of, task_of
 
 Folder = Callable[[str], Path]

@@ -20,7 +20,8 @@ from ptv2_core.data.examples import (
 )
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.errors import ConfigError, DataError
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core.kind_parts import KINDS, kind_examples, kind_task
 
 Folder = Callable[[str], Path]

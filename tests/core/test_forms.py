@@ -16,7 +16,8 @@ from ptv2_core.data.encoding import EncodedSplit, encode_examples
 from ptv2_core.data.examples import OptionsExample, QuestionExample
 from ptv2_core.evaluation.forms import rules_of, spans
 from ptv2_core.evaluation.forms.base import Outcomes
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core import squad_oracle as oracle
 from tests.core.kind_parts import kind_examples, kind_task
 

@@ -19,7 +19,8 @@ from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
 from ptv2_core.model.backbones import hub
 from ptv2_core.model.backbones.loading import load_backbone, locate_offline
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core.family_parts import tiny_family
 from tests.core.hub_parts import COMMIT, cached, changed, in_shards, renamed
 from tests.tiny import open_backbone, tiny_backbone, tiny_model, without_pooler

@@ -23,7 +23,8 @@ from ptv2_core.data.examples import (
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError, BackboneError, DataError
 from ptv2_core.evaluation.predict import Predictor
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core.hub_parts import BYTES, LETTERS, PATTERN, changed, lettered
 from tests.core.kind_parts import kind_task
 from tests.tiny import open_backbone, task_of, tiny_backbone, tiny_model

@@ -15,7 +15,8 @@ from ptv2_core.errors import ArtifactError, DataError
 from ptv2_core.evaluation.inputs import INPUT_KEYS
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.evaluation.scoring import evaluate_model
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core.kind_parts import KINDS, kind_examples, kind_task
 from tests.tiny import open_backbone, tiny_model
 

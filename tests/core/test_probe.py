@@ -9,7 +9,8 @@ from ptv2_core.config import PromptConfig
 from ptv2_core.data.encoding import EncodedSplit, encode_examples
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.errors import ConfigError
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.training.probe import ProbeResult, probe
 from tests.core.kind_parts import KINDS, kind_examples, kind_task
 from tests.tiny import open_backbone, tiny_model

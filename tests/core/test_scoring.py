@@ -16,7 +16,8 @@ from ptv2_core.evaluation.scoring import (
     gold_labels,
     score_predictions,
 )
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.parallel import Team
 from tests.core.kind_parts import KINDS, kind_examples, kind_task

@@ -12,7 +12,8 @@ from ptv2_core.data.encoding import encode_examples
 from ptv2_core.data.examples import Example, example_to_mapping
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.evaluation.forms import rules_of
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from tests.core.kind_parts import KINDS, kind_examples, kind_task
 from tests.tiny import tiny_backbone
 

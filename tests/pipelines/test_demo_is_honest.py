@@ -16,7 +16,8 @@ from ptv2_core.data.parsing import parse_records
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.model.backbones.loading import load_backbone
-from ptv2_core.model.backbones.locating import load_tokenizer, locate
+from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 from ptv2_core.training.fit import fit
 from ptv2_core.training.probe import probe
 from ptv2_core.training.start import new_model, reading_of

@@ -11,7 +11,8 @@ from transformers import AutoModelForMaskedLM
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.backbones.families import Family
-from ptv2_core.model.backbones.locating import Location, load_tokenizer
+from ptv2_core.model.backbones.locating import Location
+from ptv2_core.model.backbones.tokenizing import load_tokenizer
 
 
 class MaskedLanguageModel:

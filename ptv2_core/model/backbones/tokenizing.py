@@ -1,19 +1,17 @@
 """Load a backbone's tokenizer, and see to what rows rely on; loads no torch."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.backbones.files import read_settings, refuse_code
 from ptv2_core.model.backbones.hub import VOCABULARIES
-
-if TYPE_CHECKING:
-    from ptv2_core.model.backbones.locating import Location
+from ptv2_core.model.backbones.locating import Location
 
 
-def load_tokenizer(location: "Location", *, words: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedTokenizerBase:
     """Load the backbone's fast tokenizer from its folder.
 
     Rows are padded and cut on the right, whatever its files say. One that puts nothing between two
@@ -40,7 +38,7 @@ def load_tokenizer(location: "Location", *, words: bool = False) -> PreTrainedTo
     return tokenizer
 
 
-def _check_files(location: "Location") -> None:
+def _check_files(location: Location) -> None:
     folder = location.folder
     settings = folder / "tokenizer_config.json"
     refuse_code(location.name, settings, read_settings(settings))
@@ -52,10 +50,10 @@ def _check_files(location: "Location") -> None:
         )
 
 
-def _loaded(location: "Location") -> PreTrainedTokenizerBase:
+def _loaded(location: Location) -> PreTrainedTokenizerBase:
     way_out = (
         "Save it once with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), where "
-        f"Transformers can convert it (often with the package sentencepiece): that writes a "
+        "Transformers can convert it (often with the package sentencepiece): that writes a "
         f"{VOCABULARIES[0]}."
     )
     try:
@@ -77,7 +75,7 @@ def _loaded(location: "Location") -> PreTrainedTokenizerBase:
 
 
 def _check_vocabulary(
-    location: "Location", tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]
+    location: Location, tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]
 ) -> None:
     added = tokenizer.added_tokens_decoder
     if not any(number not in added for number in vocabulary.values()):
@@ -166,15 +164,7 @@ def _state(part: Any) -> dict[str, Any]:
 
 def _made(backend: Any, **parts: dict[str, Any]) -> Any:
     """Return a tokenizer without words that has some parts, as tokenizer.json would give them."""
-    nothing = dict.fromkeys(
-        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-    )
-    no_words = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
-    whole: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        **nothing,
-        **parts,
-        "model": no_words,
-    }
+    absent = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    whole: dict[str, Any] = {"version": "1.0", "added_tokens": [], **dict.fromkeys(absent), **parts}
+    whole["model"] = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     return type(backend).from_str(json.dumps(whole))
