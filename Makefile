@@ -13,8 +13,10 @@ PIP_ARGS ?=
 # Arguments for pytest, such as `make test ARGS="-k prompts -x"`.
 ARGS ?=
 
+# What setup installs of pyproject.toml. Ray is left to those who have a cluster of it.
+EXTRAS := pipelines,dashboard,serving,demo,dask,postgres,dev
 # The content of these files, not their age, decides whether setup has work to do: a checkout changes ages only.
-STAMP := $(VENV)/.ptv2-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.ptv2-$(shell (cat pyproject.toml constraints.txt; echo $(EXTRAS)) | cksum | cut -d ' ' -f 1)
 
 # No tool below reports its use to its makers.
 export DO_NOT_TRACK := true
@@ -34,7 +36,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed, and $(PYTHON) is not; name one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[pipelines,dashboard,serving,demo,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.ptv2-*
 	@touch $@
 
@@ -54,8 +56,9 @@ test-all: setup ## Run all tests, the long ones too
 test-versions: setup ## Run what touches Transformers under its oldest and its newest supported version
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/nox $(if $(ARGS),-- $(ARGS))
 
-test-faults: setup ## Kill, stop and starve sweeps some 200 times, and see that they lose nothing (10 minutes)
-	$(BIN)/python -m pytest -m "" -s tests/pipelines/test_sweep_faults.py $(ARGS)
+FAULTS := sweep_faults sweeping sweep_storage sweep_engines sweep_pool sweep_stack
+test-faults: setup ## Kill, stop and starve sweeps some 200 times, on every engine and database that is installed
+	$(BIN)/python -m pytest -m "" -s $(FAULTS:%=tests/pipelines/test_%.py) $(ARGS)
 
 check: setup ## Lint, check the format, check the types
 	$(BIN)/ruff check .

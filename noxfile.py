@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = "pipelines,dashboard,serving,demo,dev"
+EXTRAS = "pipelines,dashboard,serving,demo,dask,postgres,dev"
 # Transformers says which versions of these it takes, and each of its releases says another thing
 NOT_LOCKED = {"transformers", "tokenizers", "huggingface-hub"}
 TESTS = (

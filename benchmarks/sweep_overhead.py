@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ class Overhead:
     """What so many workers gave.
 
     Attributes:
+        engine: Where the trials trained, as `sweep.engine` has it.
         workers: Trials side by side.
         trials: That were timed.
         trials_per_minute: Of all workers.
@@ -38,6 +39,7 @@ class Overhead:
         overhead_ms: What a worker needs for a trial beyond that.
     """
 
+    engine: str
     workers: int
     trials: int
     trials_per_minute: float
@@ -45,32 +47,38 @@ class Overhead:
     overhead_ms: float
 
 
-def measure(scratch: Path, *, workers: tuple[int, ...], trials: int) -> list[Overhead]:
-    """Sweep one tiny task with each number of workers, on one temporary Prefect server.
+def measure(
+    scratch: Path, *, engines: Sequence[str], workers: tuple[int, ...], trials: int
+) -> list[Overhead]:
+    """Sweep one tiny task on each engine with each number of workers, on one Prefect server.
 
     A worker's first trial loads data and backbone and is not timed; what Prefect, the study's
     database and the pipes between the processes take is in the rest.
 
     Args:
         scratch: A new folder.
+        engines: Names of engines; Ray and Dask start a cluster on this machine.
         workers: Numbers of workers.
         trials: Of each sweep.
     """
     scratch.mkdir(parents=True)
     backbone = backbone_folder("tiny", scratch)
     bert_tokenizer().save_pretrained(backbone)
-    files = {count: scratch / f"params-{count}.yaml" for count in workers}
-    for count, file in files.items():
-        file.write_text(json.dumps(_params(backbone, count, trials)), encoding="utf-8")
-    settings = load_settings(files[workers[0]]).task(TASK)
+    runs = [(engine, count) for engine in engines for count in workers]
+    files = {run: scratch / f"params-{run[0]}-{run[1]}.yaml" for run in runs}
+    for place, (run, file) in enumerate(files.items(), start=1):
+        # a seed of its own makes a study of its own
+        params = _params(backbone, *run, trials=trials, seed=place)
+        file.write_text(json.dumps(params), encoding="utf-8")
+    settings = load_settings(files[runs[0]]).task(TASK)
     paths = TaskPaths(root=scratch, task=TASK)
     fetch.run(settings, paths)
     prepare.run(settings, paths)
     with session(scratch):
-        return [_measure(file, paths, count) for count, file in files.items()]
+        return [_measure(file, paths, *run) for run, file in files.items()]
 
 
-def _params(backbone: Path, workers: int, trials: int) -> dict[str, Any]:
+def _params(backbone: Path, engine: str, workers: int, *, trials: int, seed: int) -> dict[str, Any]:
     fetched = {"source": "demo", "path": str(DEMO / "intents.toml")}
     prepared = {
         "kind": "classification",
@@ -81,12 +89,12 @@ def _params(backbone: Path, workers: int, trials: int) -> dict[str, Any]:
     return {
         "backbone": {"name": str(backbone), "revision": None, "digest": None, "device": "cpu"},
         "prepare": {},
-        # a seed of its own makes a study of its own
-        "search": {"epochs": 1, "pruner": "none", "seed": workers},
+        "search": {"epochs": 1, "pruner": "none", "seed": seed},
         "train": {},
         "evaluate": {},
         "register": {},
         "sweep": {
+            "engine": engine,
             "n_trials": trials,
             "workers": workers,
             "finalists": 1,
@@ -98,7 +106,7 @@ def _params(backbone: Path, workers: int, trials: int) -> dict[str, Any]:
     }
 
 
-def _measure(file: Path, paths: TaskPaths, workers: int) -> Overhead:
+def _measure(file: Path, paths: TaskPaths, engine: str, workers: int) -> Overhead:
     settings = load_settings(file)
     record = sweep_one(settings, TASK, settings.sweep, lambda look: None)
     url = f"sqlite:///{paths.sweeps}"
@@ -110,6 +118,7 @@ def _measure(file: Path, paths: TaskPaths, workers: int) -> Overhead:
     each_s, timed = seconds_each(ends, workers)
     training_s = _alone(file, paths, record, workers)
     return Overhead(
+        engine=engine,
         workers=workers,
         trials=timed,
         trials_per_minute=60 * workers / each_s,

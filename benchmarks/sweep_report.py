@@ -28,11 +28,16 @@ def drawn(figures: Mapping[str, Any]) -> Group:
 def _epochs(task: Mapping[str, Any]) -> Table:
     plan, targets = task["plan"], task["targets"]
     cells = len(plan["rates"]) * len(plan["lengths"])
+    luck = (
+        ""
+        if task["is_learned"]
+        else "; the grid's best may be luck, so it counts in no ratio of the JSON"
+    )
     table = Table(
         title=f"{plan['task']}: epochs until a dev score; {cells} cells or {plan['n_trials']} "
         f"trials of {plan['epochs']} epochs, {len(plan['seeds'])} seed(s) of the sampler",
         caption=f"grid's best: {100 * targets['best'][0]:.1f}; x: epochs against ptv2 sweep's; "
-        ">: the way never got there, so all its epochs count",
+        f">: the way never got there, so all its epochs count{luck}",
     )
     table.add_column("way")
     for name in TARGETS.values():
@@ -70,10 +75,11 @@ def _overhead(figures: Mapping[str, Any]) -> Table:
         title="tiny trials under a Prefect server",
         caption=f"{machine['cpu']}, {machine['cores']} cores; without each worker's first trial",
     )
-    for header in ("workers", "trials", "trials / min", "training, ms", "overhead, ms"):
+    for header in ("engine", "workers", "trials", "trials / min", "training, ms", "overhead, ms"):
         table.add_column(header, justify="right")
     for one in figures["overheads"]:
         table.add_row(
+            one["engine"],
             str(one["workers"]),
             str(one["trials"]),
             f"{one['trials_per_minute']:.0f}",

@@ -59,6 +59,7 @@ class Plan:
         task: Its name.
         data: A key of `FILES`.
         prepare: The section of params.yaml, `max_rows` included.
+        chance: What guessing scores.
         epochs: Of a trial.
         rates: Learning rates of the grid, in its order.
         lengths: Prompt lengths of the grid, in its order.
@@ -70,6 +71,7 @@ class Plan:
     task: str
     data: str
     prepare: Mapping[str, Any]
+    chance: float
     epochs: int
     rates: tuple[float, ...]
     lengths: tuple[int, ...]

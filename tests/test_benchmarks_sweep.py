@@ -1,7 +1,6 @@
 """The arithmetic of `python -m benchmarks.sweep`; nothing here depends on how long it takes."""
 
 import json
-from dataclasses import replace
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -14,9 +13,20 @@ from benchmarks.epochs import Ratio, best, overall, ratio, spent, spent_until
 from benchmarks.sweep import Found, main, mapping, plans
 from benchmarks.sweep_overhead import Overhead, seconds_each
 from benchmarks.sweep_report import drawn
-from benchmarks.sweep_ways import OURS, TPE, make_workspace, params_file
+from benchmarks.sweep_ways import OURS, TPE, Curves, Plan, make_workspace, params_file
 from pipelines.settings import load_settings
 
+OVERHEADS = [
+    Overhead(
+        engine="processes",
+        workers=workers,
+        trials=4,
+        trials_per_minute=60,
+        training_ms=900,
+        overhead_ms=100 * workers,
+    )
+    for workers in (1, 2)
+]
 GRID = [[0.1, 0.2, 0.2], [0.3, 0.6, 0.5], [0.4, 0.6, 0.5]]
 
 
@@ -75,18 +85,14 @@ def test_seconds_of_a_trial_begin_when_each_worker_has_ended_one(
 def test_figures_have_the_ratios_of_all_tasks_and_are_drawn() -> None:
     plan = plans(quick=True)[0]
     ours, tpe = [[0.1, 0.6]], [[0.1, 0.1, 0.1, 0.1], [0.2, 0.595, 0.1, 0.1]]
-    found = Found(plan=plan, grid=GRID, others={TPE: [tpe], OURS: [ours]}, trained=19)
-    overheads = [
-        Overhead(workers=n, trials=4, trials_per_minute=60, training_ms=900, overhead_ms=100 * n)
-        for n in (1, 2)
-    ]
-    figures = json.loads(json.dumps(mapping([found], overheads)))
+    others = {TPE: [tpe], OURS: [ours]}
+    found = Found(plan=plan, dev_rows=250, grid=GRID, others=others, trained=19)
+    figures = json.loads(json.dumps(mapping([found], OVERHEADS)))
     assert figures["ratios"] == {
         "epochs_vs_grid": 2.5,
-        "epochs_vs_tpe": 4.0,
+        "epochs_vs_tpe": 3.0,
         "half_point_below_vs_grid": 2.5,
-        "half_point_below_vs_tpe": 3.0,
-        "tpe_best_vs_tpe": 3.0,
+        "grids_best_vs_tpe": 4.0,
     }
     assert figures["overhead_ms_per_trial"] == 200
     task = figures["tasks"][0]
@@ -104,21 +110,38 @@ def test_figures_have_the_ratios_of_all_tasks_and_are_drawn() -> None:
     assert ">4.0" in text
 
 
-def test_grid_in_full_has_the_rates_and_lengths_of_the_released_script() -> None:
-    for plan in plans(quick=False):
+@pytest.mark.parametrize("quick", [True, False])
+def test_grid_has_the_rates_and_lengths_of_the_released_script(quick: bool) -> None:
+    for plan in plans(quick=quick):
         assert plan.rates == (5e-3, 7e-3, 1e-2)
         assert plan.lengths == (4, 8, 16, 32, 64, 128)
 
 
-def test_grid_can_be_whole_where_all_else_is_quick() -> None:
-    for quick, whole, full in zip(
-        plans(quick=True),
-        plans(quick=True, whole_grid=True),
-        plans(quick=False),
-        strict=True,
-    ):
-        assert (whole.rates, whole.lengths) == (full.rates, full.lengths)
-        assert replace(whole, rates=quick.rates, lengths=quick.lengths) == quick
+def _found(plan: Plan, grid: Curves, dev_rows: int) -> Found:
+    others = {TPE: [[[0.1, 0.9]]], OURS: [[[0.9]]]}
+    return Found(plan=plan, dev_rows=dev_rows, grid=grid, others=others, trained=1)
+
+
+@pytest.mark.parametrize(
+    ("top", "dev_rows", "is_learned"),
+    # three standard errors of a coin tossed 100 times are 0.15, 10,000 times 0.015
+    [(0.64, 100, False), (0.66, 100, True), (0.51, 10_000, False), (0.52, 10_000, True)],
+)
+def test_a_score_that_guessing_reaches_is_in_no_ratio(
+    top: float, dev_rows: int, is_learned: bool
+) -> None:
+    slots, rte = plans(quick=True)
+    guessed = _found(rte, [[0.5, top]], dev_rows)
+    learned = _found(slots, [[0.0, 0.01]], dev_rows)
+    assert guessed.is_learned is is_learned
+    assert learned.is_learned
+    figures = mapping([learned, guessed], OVERHEADS)
+    assert figures["tasks_in_ratios"] == ["slots", "rte"][: 1 + is_learned]
+    assert figures["ratios"]["epochs_vs_grid"] == 2.0
+    assert [one["is_learned"] for one in figures["tasks"]] == [True, is_learned]
+    assert mapping([guessed], OVERHEADS)["ratios"]["epochs_vs_grid"] == (
+        2.0 if is_learned else None
+    )
 
 
 @pytest.mark.bench_data
@@ -139,15 +162,11 @@ def test_command_without_the_data_says_so_and_gives_the_overhead(
     monkeypatch.setenv("PTV2_BENCH_DATA", str(tmp_path / "none"))
     monkeypatch.setattr(
         "benchmarks.sweep_overhead.measure",
-        lambda scratch, *, workers, trials: [
-            Overhead(
-                workers=1, trials=trials, trials_per_minute=1.0, training_ms=1.0, overhead_ms=2.0
-            )
-        ],
+        lambda scratch, *, engines, workers, trials: OVERHEADS[:1] if trials == 16 else [],
     )
     main(["--quick", "--json", str(tmp_path / "figures.json")])
     assert "no epochs are counted: rte, snips not found" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert figures["ratios"]["epochs_vs_grid"] is None
     assert figures["tasks"] == []
-    assert figures["overhead_ms_per_trial"] == 2.0
+    assert figures["overhead_ms_per_trial"] == 100

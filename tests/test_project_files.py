@@ -42,16 +42,22 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads(read("pyproject.toml"))
 
 
+def extras_of_make() -> str:
+    (extras,) = re.findall(r"^EXTRAS := ([a-z,]+)$", read("Makefile"), flags=re.M)
+    assert "-e '.[$(EXTRAS)]'" in read("Makefile")
+    return str(extras)
+
+
 def run(*words: str) -> str:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout
 
 
 def test_extras_that_are_installed_exist() -> None:
-    text = "".join(map(read, ("Dockerfile", "Makefile")))
-    named = {extra for group in re.findall(r"\.\[([a-z,]+)\]", text) for extra in group.split(",")}
-    # engines of a sweep and libraries for a card are for those who name one
-    named |= {"dask", "ray", "quantized"}
+    groups = [*re.findall(r"\.\[([a-z,]+)\]", read("Dockerfile")), extras_of_make()]
+    named = {extra for group in groups for extra in group.split(",")}
+    # a cluster of Ray and libraries for a card are for those who have one
+    named |= {"ray", "quantized"}
     assert named == set(pyproject()["project"]["optional-dependencies"])
 
 
@@ -79,7 +85,7 @@ def test_versions_of_transformers_that_are_tested_are_those_that_are_allowed() -
     assert newest == locked
     # `make test-versions` gives each an environment with the same extras
     (extras,) = re.findall(r'^EXTRAS = "([a-z,]+)"$', read("noxfile.py"), flags=re.M)
-    assert f"-e '.[{extras}]'" in read("Makefile")
+    assert extras == extras_of_make()
     tests = re.findall(r'^    "(tests/.+)",$', read("noxfile.py"), flags=re.M)
     assert "tests/core" in tests
     assert all((ROOT / name).exists() for name in tests)
