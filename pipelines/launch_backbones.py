@@ -8,6 +8,8 @@ from rich.text import Text
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.model.backbones.families import FAMILIES, TESTED_VERSIONS, Family
 
+# the position of a row's first token, where a configuration says it
+BEHIND_PADDING = "pad_token_id + 1"
 HEADERS = ("family", "model types", "verbalizer", "last layer", "length", "head reads", "special")
 
 
@@ -25,7 +27,10 @@ def _row(family: Family) -> dict[str, Any]:
         "depth": True,
         "trunk_cache": True,
         "first_token_last_layer": family.trims_last_layer,
-        "max_length": "max_position_embeddings",
+        "max_length": "max_position_embeddings - first_position",
+        "first_position": BEHIND_PADDING
+        if family.first_position is None
+        else family.first_position,
         "position_table": family.has_position_table,
         "reads": family.reads,
         "is_causal": family.is_causal,
@@ -52,7 +57,8 @@ def sentences() -> list[str]:
         "below cached (trunk), embeddings before the words where those are as wide as the states",
         f"tested with Transformers {oldest} to {newest}; a backbone is checked when it is loaded",
         "length: tokens and prompt positions that a row can have, max_position_embeddings of its "
-        "configuration",
+        "configuration; where positions do not begin at 0 (first_position in --json), less by as "
+        "many: 512 of 514 in the published RoBERTa and MPNet",
     ]
 
 

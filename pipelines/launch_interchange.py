@@ -9,6 +9,8 @@ from ptv2_core.data.tasks import TaskKind
 from ptv2_core.interchange.export import export_peft
 from ptv2_core.interchange.folder import read_config
 from ptv2_core.interchange.importing import import_peft, kind_of, task_of
+from ptv2_core.interchange.rows import row_changes
+from ptv2_core.model.backbones.locating import locate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,12 @@ def import_from_peft(source: Path, to: Path, wanted: Wanted) -> list[str]:
     lines = [
         f"imported {source} to {to}: {manifest.task.kind}, {manifest.prompt.length} positions on "
         f"{manifest.backbone['name']}, {manifest.size_bytes:,} bytes"
+    ]
+    location = locate(manifest.backbone["name"], manifest.backbone["revision"])
+    lines += [
+        f"{change.what} The tokenizer itself puts nothing there: if this adapter was trained on "
+        "its rows, it reads other ones here (docs/interchange.md, Rows)."
+        for change in row_changes(manifest, location)
     ]
     if not wanted.with_head:
         lines.append("its head knows nothing yet: set train.init_from to the folder")

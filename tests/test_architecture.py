@@ -1,12 +1,15 @@
 """The import rules of docs/design.md, read from the code."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ptv2_core.model.backbones.families import model_types
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ptv2_core", "pipelines", "ptv2_serving")
@@ -28,7 +31,9 @@ VENDORS = {
     "optuna": {
         "pipelines.study",
         "pipelines.study_plots",
+        "pipelines.study_pruners",
         "pipelines.sweep.proxy",
+        "pipelines.sweep.storages",
         "pipelines.sweep.trials",
     },
     "cryptography": {"ptv2_serving.objects", "ptv2_serving.signing", "ptv2_serving.store"},
@@ -133,6 +138,36 @@ def test_core_insides_of_transformers_are_in_one_place() -> None:
         if name.startswith(backbones) or name == "ptv2_core.model.attention":
             continue
         assert found <= {"transformers.BatchEncoding", "transformers.PreTrainedTokenizerBase"}, name
+
+
+def test_architectures_are_named_in_one_place() -> None:
+    names = "|".join(map(re.escape, model_types()))
+    # `bert-large` is a set of the paper's settings, and no architecture
+    named = re.compile(rf"(?<![\w-])({names})(?![\w-])")
+    inside = ("ptv2_core.model.backbones.", "ptv2_core.model.attention")
+    found = {
+        f"{name}: {word!r}"
+        for name, file in modules(*PACKAGES).items()
+        if not name.startswith(inside)
+        for word in _words(file)
+        if named.search(word)
+    }
+    assert not found
+    assert any(map(named.search, _words(modules("ptv2_core")[f"{inside[0]}families"])))
+
+
+def _words(file: Path) -> Iterator[str]:
+    """Yield the names and strings of a file, docstrings left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    # a string that stands alone is a docstring
+    told = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in told:
+            yield node.value
+        for key in ("id", "attr", "arg", "name"):
+            word = getattr(node, key, None)
+            if isinstance(word, str):
+                yield word
 
 
 @pytest.mark.parametrize("vendor", sorted(VENDORS))

@@ -1,6 +1,6 @@
 """A prompt as a folder that PEFT loads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,12 @@ from ptv2_core.files import (
 )
 from ptv2_core.interchange import folder, heads, limits
 from ptv2_core.interchange.readme import readme
+from ptv2_core.interchange.rows import row_changes
 from ptv2_core.manifest import Manifest
 from ptv2_core.model.backbones.base import Backbone
+from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.backbones.task_models import TASK_MODELS, padding_id, pooler_of, states_width
+from ptv2_core.model.backbones.tokenizing import Change
 from ptv2_core.model.heads import Reading, reading_for
 
 
@@ -93,7 +96,8 @@ def export_peft(
         peft_version=None,
     )
     drops_types = _drops_types(manifest, config, predictor)
-    if drops_types and backbone.position_limit < spec.max_positions:
+    tables = TASK_MODELS[spec.model_type].tables if drops_types else None
+    if drops_types and tables is None:
         raise ArtifactError(
             f"{source}: PEFT drops token_type_ids in tasks of type {config.task_type}, so its "
             f"{spec.model_type} model cannot tell the second text from the first as this prompt "
@@ -101,8 +105,16 @@ def export_peft(
         )
     data = folder.weights_bytes(weights.prompt, head)
     column = heads.layer_with_column(head, spec.model_type, spec.hidden_size)
+    changes = row_changes(manifest, locate(spec.name, spec.revision))
     notes = _notes(
-        manifest, config, head, backbone, drops_types=drops_types, padding=padding, column=column
+        manifest,
+        config,
+        head,
+        backbone,
+        drops_types=drops_types,
+        padding=padding,
+        column=column,
+        changes=changes,
     )
     with replace_directory(directory) as temporary:
         write_bytes_atomic(temporary / folder.WEIGHTS_FILE, data)
@@ -112,9 +124,10 @@ def export_peft(
             manifest,
             config,
             notes,
-            drops_types=drops_types,
+            tables=tables,
             pad_token_id=padding if padding != padding_id(backbone) else None,
             column_layer=column,
+            changes=changes,
         )
         write_text_atomic(temporary / folder.README_FILE, text)
     return Exported(
@@ -208,6 +221,7 @@ def _notes(
     drops_types: bool,
     padding: int | None,
     column: str | None,
+    changes: Sequence[Change],
 ) -> tuple[str, ...]:
     """Return what the one who loads it must know."""
     found = []
@@ -244,12 +258,17 @@ def _notes(
             f"PEFT drops token_type_ids in tasks of type {config.task_type}; give it inputs_embeds "
             "that hold them, as the README's code makes them."
         )
+    for change in changes:
+        found.append(
+            f"{change.what} The tokenizer itself puts nothing there, and other rows have other "
+            "answers; the README's code changes it."
+        )
     return tuple(found)
 
 
 def _drops_types(manifest: Manifest, config: folder.AdapterConfig, predictor: Predictor) -> bool:
     """Tell whether inputs have token types that PEFT, which takes them, does not hand on."""
-    if predictor.model.backbone.spec.is_causal:  # a decoder has none
+    if not predictor.model.backbone.has_token_types:
         return False
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return False

@@ -1,11 +1,13 @@
 """The README of an exported prompt: how PEFT loads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ptv2_core.interchange.folder import AdapterConfig
 from ptv2_core.interchange.heads import TaskType
 from ptv2_core.manifest import Manifest
+from ptv2_core.model.backbones.task_models import Tables
+from ptv2_core.model.backbones.tokenizing import Change
 
 AUTO_MODELS: Mapping[TaskType, str] = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -18,9 +20,9 @@ AUTO_MODELS: Mapping[TaskType, str] = {
 # through token embeddings, which PEFT does hand on
 _WITH_TYPES = """
 def embedded(input_ids, token_type_ids):
-    layer = backbone.base_model.embeddings
-    types = layer.token_type_embeddings.weight
-    return layer.word_embeddings(input_ids) + types[token_type_ids] - types[0]
+    encoder = backbone.base_model
+    types = encoder.{types}.weight
+    return encoder.{words}(input_ids) + types[token_type_ids] - types[0]
 
 # model(inputs_embeds=embedded(input_ids, token_type_ids), attention_mask=attention_mask)
 """
@@ -41,9 +43,10 @@ def readme(
     config: AdapterConfig,
     notes: tuple[str, ...],
     *,
-    drops_types: bool,
+    tables: Tables | None = None,
     pad_token_id: int | None = None,
     column_layer: str | None = None,
+    changes: Sequence[Change] = (),
 ) -> str:
     """Return the text, Markdown with the front matter of a model hub.
 
@@ -51,10 +54,11 @@ def readme(
         manifest: Of the prompt.
         config: What was written for PEFT.
         notes: Sentences to add.
-        drops_types: Whether PEFT drops token types that the prompt was trained with.
+        tables: The backbone's, where PEFT drops token types that the prompt was trained with.
         pad_token_id: The token that rows are padded with, where the backbone's own configuration
             does not name it and a head needs it.
         column_layer: The layer of the head whose bias is a column of its weight.
+        changes: Of the backbone's tokenizer, before it makes rows.
     """
     task, auto = manifest.task, AUTO_MODELS[config.task_type]
     arguments = [json.dumps(config.base_model)]
@@ -73,6 +77,18 @@ def readme(
     if column_layer is not None:
         width = manifest.backbone["hidden_size"] + 1
         column = _WITH_COLUMN.format(layer=column_layer, inputs=width, outputs=task.num_outputs)
+    tokenizer: list[str] = []
+    if changes:
+        named = ", ".join(arguments[: 1 if config.revision is None else 2])
+        tokenizer = ["", f"tokenizer = AutoTokenizer.from_pretrained({named})"]
+    for change in changes:
+        tokenizer += [f"# {change.what}", *change.code]
+    imports = {
+        *(["import torch"] if column else []),
+        "from peft import PeftModel",
+        f"from transformers import {auto}{', AutoTokenizer' if changes else ''}",
+        *(line for change in changes for line in change.imports),
+    }
     lines = [
         "---",
         "library_name: peft",
@@ -85,14 +101,13 @@ def readme(
         f"written by ptv2 from {manifest.sha256[:12]} (sha256 of prompt.safetensors).",
         "",
         "```python",
-        *(["import torch"] if column else []),
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
+        *sorted(imports, key=lambda line: (line.startswith("from"), line)),
         "",
         f"backbone = {auto}.from_pretrained({', '.join(arguments)})",
         *column.splitlines(),
         'model = PeftModel.from_pretrained(backbone, "THIS FOLDER").eval()',
-        *(_WITH_TYPES.splitlines() if drops_types else ()),
+        *(_WITH_TYPES.format(**vars(tables)).splitlines() if tables else ()),
+        *tokenizer,
         "```",
         "",
         f"- The backbone's weights have the digest {manifest.backbone['digest']}.",

@@ -7,7 +7,7 @@ The prompts of a batch travel as one keyword argument of the backbone's forward 
 with every layer's call, so nothing is kept on a module between two calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -264,6 +264,7 @@ def prompted_attention(
         dropout: Probability of dropping an attention weight; 0 unless the backbone trains.
         prompts: The layer's prompts and mask.
     """
+    query, key, value = _in_one_format(query, key, value)
     own_key, own_value = key, value
     prompt, length = prompts.prompt, 0
     if prompt is not None:
@@ -297,6 +298,18 @@ def prompted_attention(
             )
         )
     return output, None
+
+
+def _in_one_format(*states: Tensor) -> Iterator[Tensor]:
+    """Yield states in the format of their products, which autocast alone may change.
+
+    Tables of places are in fp32, and so is a query that was turned by them. A backward pass, which
+    is outside of autocast, would then multiply what it kept of two formats.
+    """
+    device = states[0].device.type
+    is_mixed = torch.is_autocast_enabled(device)
+    for one in states:
+        yield one.to(torch.get_autocast_dtype(device)) if is_mixed else one
 
 
 def _added(

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from ptv2_core.config import PromptConfig
 from ptv2_core.errors import BackboneError
 from ptv2_core.files import sha256_file
 from ptv2_core.model.backbones.loading import (
@@ -19,7 +21,7 @@ from ptv2_core.model.backbones.loading import (
     precision_reason,
 )
 from ptv2_core.model.backbones.locating import Location, locate
-from tests.tiny import MODELS, open_backbone, tiny_backbone, without_pooler
+from tests.tiny import MODELS, open_backbone, tiny_backbone, tiny_model, without_pooler
 
 Folder = Callable[[str], Path]
 
@@ -96,6 +98,82 @@ def test_backbone_with_missing_weights_is_refused(tmp_path: Path) -> None:
         load_backbone(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        # what Transformers' configurations say of a value of the wrong type, and of a bad one
+        ({"hidden_size": "32"}, "could not be read by Transformers .*hidden_size"),
+        ({"num_attention_heads": 5}, "could not be loaded by Transformers .*multiple of the num"),
+        ({"hidden_act": "none_such"}, "could not be loaded by Transformers .*none_such"),
+    ],
+)
+def test_backbone_of_a_bad_configuration_is_refused(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(str(folder))
+
+
+def test_backbone_of_other_sizes_than_its_configuration_says_is_refused_with_both(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_backbone(tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    message = (
+        r"encoder\.layer\.0\.intermediate\.dense\.bias: expected \[40\] by its config.json, got "
+        r"\[48\] in the weights.*get the backbone's files again"
+    )
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "message"),
+    [
+        ("bert", {"position_embedding_type": "relative_key"}, "'relative_key'.*absolute"),
+        ("roberta", {"position_embedding_type": "relative_key_query"}, "'relative_key_query'"),
+        ("electra", {"position_embedding_type": "relative_key"}, "'relative_key'"),
+        # of Jina's first embedding models, which say that they are BERT
+        ("bert", {"position_embedding_type": "alibi"}, "'alibi'"),
+        ("bert", {"is_decoder": True}, "is_decoder: true"),
+        ("camembert", {"is_decoder": True}, "is_decoder: true"),
+    ],
+)
+def test_backbone_of_a_variant_that_would_be_run_otherwise_is_refused(
+    tmp_path: Path, model_type: str, values: dict[str, object], message: str
+) -> None:
+    folder = tiny_backbone(tmp_path / model_type, model_type)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(BackboneError, match=rf"backbone.name: '{folder}' .*{message}"):
+        load_backbone(str(folder))
+    plain = dict.fromkeys(values) | {"position_embedding_type": "absolute"}
+    (folder / "config.json").write_text(json.dumps({**config, **plain, "is_decoder": False}))
+    load_backbone(str(folder))
+
+
+def test_backbone_with_one_type_of_tokens_has_none_to_tell(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    folder = tiny_backbone(tmp_path / "roberta", "roberta")
+    sizes = RobertaConfig.from_pretrained(folder, type_vocab_size=1)
+    RobertaModel(sizes).save_pretrained(folder)
+    backbone = open_backbone(folder)
+    assert not backbone.has_token_types
+    model = tiny_model(backbone, PromptConfig(length=2))
+    ids, mask = torch.tensor([[2, 7, 3, 8, 3]]), torch.ones(1, 5, dtype=torch.bool)
+    types = torch.tensor([[0, 0, 0, 1, 1]])
+    with torch.no_grad():
+        got, wanted = model.encode(ids, mask, types).hidden, model.encode(ids, mask).hidden
+    assert torch.equal(got, wanted)
+    below = [backbone.trunk(ids, mask, given, num_layers=2).hidden for given in (types, None)]
+    assert torch.equal(*below)
+
+
 def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     folder = tiny_backbone(tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text())
@@ -108,9 +186,6 @@ def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
 def test_backbone_precision_leaves_outputs_in_fp32(
     backbone_folder: Folder, model_type: str
 ) -> None:
-    from ptv2_core.config import PromptConfig
-    from tests.tiny import tiny_model
-
     exact = tiny_model(open_backbone(backbone_folder(model_type)), PromptConfig(length=4))
     backbone = load_backbone(str(backbone_folder(model_type)), precision="bf16", device="cpu")
     assert backbone.dtype == torch.bfloat16
@@ -134,6 +209,71 @@ def test_backbone_files_say_what_a_head_reads(tmp_path: Path) -> None:
     assert open_backbone(folder).spec.reads == "mean"
     (pooling / "config.json").write_text('{"pooling_mode_cls_token": true}')
     assert open_backbone(folder).spec.reads == "cls"
+
+
+def pooled_by(tmp_path: Path, written: str) -> Location:
+    """Return a backbone whose sentence embeddings are pooled as a file says."""
+    folder = tiny_backbone(tmp_path / "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(written)
+    return locate(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("written", "reads"),
+    [
+        # as sentence-transformers 6 writes it, and as it did before
+        ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
+        ({"embedding_dimension": 32, "pooling_mode": "mean"}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "lasttoken"}, "last"),
+        ({"embedding_dimension": 32, "pooling_mode": ["lasttoken"]}, "last"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        # the newer of two that differ
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+        ({}, "mean"),
+    ],
+)
+def test_backbone_pooling_of_either_form_is_what_a_head_reads(
+    tmp_path: Path, written: dict[str, object], reads: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert default_reading(pooled_by(tmp_path, json.dumps(written))) == reads
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ({"pooling_mode": "max"}, "max"),
+        ({"pooling_mode": ["cls", "mean"]}, "cls, mean"),
+        ({"pooling_mode": "newer"}, "newer"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "cls, max"),
+    ],
+)
+def test_backbone_pooling_that_no_head_reads_is_the_mean_with_a_warning(
+    tmp_path: Path, written: dict[str, object], named: str
+) -> None:
+    with pytest.warns(UserWarning, match=rf"pooled by {named}, .*the mean.*train\.head\.reads"):
+        assert default_reading(pooled_by(tmp_path, json.dumps(written))) == "mean"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "could not be read"),
+        ("[]", "expected an object, got list"),
+        ('{"pooling_mode": 3}', "pooling_mode: expected a name or a list of names, got 3"),
+        ('{"pooling_mode": [3]}', r"pooling_mode: expected a name or .*, got \[3\]"),
+        ('{"pooling_mode": []}', r"pooling_mode: expected a name or .*, got \[\]"),
+    ],
+)
+def test_backbone_pooling_that_is_damaged_is_refused(
+    tmp_path: Path, written: str, message: str
+) -> None:
+    with pytest.raises(BackboneError, match=rf"1_Pooling.*config\.json.*{message}"):
+        default_reading(pooled_by(tmp_path, written))
 
 
 def test_backbone_pooler_is_read_where_a_sentence_head_trained_it(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ Loaded = Callable[[str], tuple[Backbone, Any]]
 
 ROWS = [[2, 7, 8, 9, 3], [2, 11, 3], [2, 20, 21, 22, 23, 24, 25, 30, 31, 32, 33, 3], [2, 9, 9, 3]]
 every_case = pytest.mark.parametrize("case", CASES)
+# which know two types of tokens
+TYPED = ("albert", "albert-groups", "deberta-v2-xlarge")
 # words are narrower than states: no embedding can stand before them
 NARROW = ("albert", "albert-groups", "opt-350m")
 
@@ -58,11 +60,25 @@ def test_families_bare_rows_equal_transformers(loaded: Loaded, case: str) -> Non
     backbone, plain = loaded(case)
     model = tiny_model(backbone, PromptConfig(length=5))
     ids, mask = padded(ROWS)
+    assert backbone.has_token_types == (case in TYPED)
+    for types in (None, torch.randint_like(ids, 2)) if case in TYPED else (None,):
+        with torch.no_grad():
+            told = {} if types is None else {"token_type_ids": types}
+            wanted = plain(input_ids=ids, attention_mask=mask.long(), **told).last_hidden_state
+            got = model.encode(ids, mask, types, slots=NO_SLOT).hidden
+            got = without_projection(case, got, plain)
+        torch.testing.assert_close(got[mask], wanted[mask], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_families_tell_two_texts_apart(loaded: Loaded, case: str) -> None:
+    backbone, _ = loaded(case)
+    model = tiny_model(backbone, PromptConfig(length=5))
+    ids, mask = padded(ROWS[:1])
+    types = torch.tensor([[0, 0, 1, 1, 1]])
     with torch.no_grad():
-        wanted = plain(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        got = model.encode(ids, mask, slots=NO_SLOT).hidden
-        got = without_projection(case, got, plain)
-    torch.testing.assert_close(got[mask], wanted[mask], atol=2e-5, rtol=1e-4)
+        one, two = model.encode(ids, mask).hidden, model.encode(ids, mask, types).hidden
+    assert (one - two).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("shift", [True, False])

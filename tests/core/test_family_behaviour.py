@@ -4,6 +4,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from ptv2_core.model.backbones.albert import Albert
 from ptv2_core.model.backbones.checking import check
 from ptv2_core.model.backbones.deberta import Deberta
 from ptv2_core.model.backbones.families import FAMILIES, family_of, model_types
+from ptv2_core.model.backbones.interface import BertFamily
 from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.rotary import ModernBert
 from ptv2_core.model.heads import read
 from ptv2_core.training.prompt_start import new_deep_prompt, quieting_shift
 from ptv2_core.training.start import resolve_head
 from tests.core.family_parts import CASES, DECODERS
+from tests.core.hub_parts import changed
 from tests.core.training_parts import Bench, backward, epoch_rows, padded, save_trained, settings
 from tests.tiny import MODELS, open_backbone, tiny_model
 
@@ -37,8 +41,6 @@ Folder = Callable[[str], Path]
 
 ROWS = [[2, 7, 8, 9, 3], [2, 11, 3], [2, 20, 21, 22, 23, 24, 25, 3], [2, 9, 9, 3]]
 every_case = pytest.mark.parametrize("case", CASES)
-# one of each file of the core
-SEAMS = ("albert", "distilbert", "mpnet", "modernbert", "eurobert", "deberta-v3", "gpt2", "llama")
 # which PEFT refuses
 REFUSED = ("albert", "distilbert", "mpnet", "modernbert", "deberta", "deberta-v3")
 
@@ -250,7 +252,7 @@ def test_family_diagnosis_finds_the_attention_that_a_prompt_gets(
 # Trainings
 
 
-@pytest.mark.parametrize("case", SEAMS)
+@every_case
 def test_family_trains_and_its_artifact_survives_a_round_trip(
     family_folder: Folder, tmp_path: Path, case: str
 ) -> None:
@@ -315,6 +317,33 @@ def test_family_fine_tuning_reaches_what_attention_adds(
         given = got[name].grad
         assert given is not None, name
         torch.testing.assert_close(given, parameter.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MODELS])
+def test_family_fine_tunes_in_bf16_as_in_fp32(
+    family_folder: Folder, backbone_folder: Folder, case: str
+) -> None:
+    folder = family_folder(case) if case in CASES else backbone_folder(case)
+    ids, mask = padded(ROWS)
+    weighing = drawn(ids.shape[1], 32, seed=1) * mask[:, :, None]
+    found = []
+    for precision in ("fp32", "bf16"):
+        backbone = load_backbone(
+            str(folder), precision=precision, device="cpu", packs=False, tunable=True
+        )
+        model = tiny_model(backbone.tunable_copy(), PromptConfig(length=4))
+        assert model.backbone.number_format == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        slots = torch.tensor([0, -1, 0, -1])
+        backward((model.encode(ids, mask, slots=slots).hidden * weighing).sum())
+        trained = dict(model.trainable())
+        gradients = {name: one.grad for name, one in trained.items() if one.grad is not None}
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        found.append(gradients)
+    exact, rough = found
+    assert exact.keys() == rough.keys()
+    assert "bank.slots.0.weight" in exact
+    flat = [torch.cat([one[name].flatten() for name in exact]) for one in (exact, rough)]
+    assert 0 < (flat[1] - flat[0]).norm() / flat[0].norm() < 0.1
 
 
 # What is refused, and the check at load
@@ -446,10 +475,150 @@ def test_family_check_turns_a_silent_break_into_an_error(
         open_backbone(folder)
 
 
+def takes_another_for_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the last layer compute another token than the first alone."""
+    own = BertFamily.first_token_layer
+
+    def moved(self: BertFamily, index: int, hidden: Tensor, *rest: Any) -> Tensor:
+        return own(self, index, hidden.roll(1, dims=1), *rest)
+
+    monkeypatch.setattr(BertFamily, "first_token_layer", moved)
+
+
+def forgets_a_residual_of_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the first token alone, and it alone, come out scaled."""
+    own = BertFamily.first_token_layer
+
+    def scaled(self: BertFamily, *given: Any) -> Tensor:
+        return own(self, *given) * 1.2
+
+    monkeypatch.setattr(BertFamily, "first_token_layer", scaled)
+
+
+def forgets_the_prompt_of_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the first token alone see no prompt."""
+    own = BertFamily.first_token_layer
+
+    def bare(self: BertFamily, index: int, hidden: Tensor, prompts: Any, shared: Any) -> Tensor:
+        count = len(prompts.layers)
+        none = PromptBatch(layers=[None] * count, masks=[None] * count, captured=prompts.captured)
+        return own(self, index, hidden, none, shared)
+
+    monkeypatch.setattr(BertFamily, "first_token_layer", bare)
+
+
+def scales_the_highest_layer_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make one layer alone forget its factor where there is a prompt."""
+    layer, right = Albert.layer, attention._weights
+
+    def wrong(query: Tensor, key: Tensor, mask: Any, scaling: float) -> Tensor:
+        return right(query, key, mask, scaling if query.shape[2] == key.shape[2] else 1.0)
+
+    def either(self: Albert, index: int, *rest: Any) -> Tensor:
+        monkeypatch.setattr(attention, "_weights", wrong if index == 2 else right)
+        return layer(self, index, *rest)
+
+    monkeypatch.setattr(Albert, "layer", either)
+
+
+def sees_one_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make windows end one token later."""
+    init = ModernBert.__init__
+
+    def wider(self: ModernBert, model: Any) -> None:
+        init(self, model)
+        self.sights = [
+            one if one.window is None else replace(one, window=one.window + 1)
+            for one in self.sights
+        ]
+
+    monkeypatch.setattr(ModernBert, "__init__", wider)
+
+
+@pytest.mark.parametrize(
+    ("case", "breaks", "message"),
+    [
+        ("bert", takes_another_for_the_first_token, "the first token alone other states"),
+        ("electra", forgets_a_residual_of_the_first_token, "the first token alone other states"),
+        ("roberta", forgets_the_prompt_of_the_first_token, "attention is not the softmax"),
+        ("albert", scales_the_highest_layer_wrongly, "attention is not the softmax"),
+        ("modernbert", sees_one_further, "its states are not those that Transformers computes"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_family_check_sees_into_every_layer_and_past_windows(
+    family_folder: Folder,
+    backbone_folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Any,
+    case: str,
+    breaks: Callable[[pytest.MonkeyPatch], None],
+    message: str,
+) -> None:
+    folder = family_folder(case) if case in CASES else backbone_folder(case)
+    breaks(monkeypatch)
+    with pytest.raises(BackboneError, match=f"deep prompts do not work in .*{message}"):
+        load_backbone(str(folder), precision=precision, device="cpu")
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_family_check_passes_windows_as_wide_as_published_ones(
+    family_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    folder = shutil.copytree(family_folder("modernbert"), tmp_path / "modernbert")
+    changed(folder / "config.json", local_attention=2 * window, max_position_embeddings=512)
+    assert open_backbone(folder).window == window
+    sees_one_further(monkeypatch)
+    with pytest.raises(BackboneError, match="its states are not those that Transformers computes"):
+        open_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice", "other"),
+    [
+        ("5.16.3", "install one of them", "config.json"),
+        ("5.17.0", "special in this one's config.json", "install"),
+        ("5.99.0", "install one of them", "config.json"),
+    ],
+)
+def test_family_check_advises_another_version_where_this_one_was_not_tested(
+    family_folder: Folder, monkeypatch: pytest.MonkeyPatch, version: str, advice: str, other: str
+) -> None:
+    loses_prompts(monkeypatch)
+    monkeypatch.setattr("transformers.__version__", version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(BackboneError) as caught:
+            open_backbone(family_folder("albert"))
+    families._warn_of_version.cache_clear()
+    said = str(caught.value)
+    assert advice in said
+    assert other not in said
+
+
+def test_family_whose_frequencies_depend_on_the_longest_row_is_refused(
+    family_folder: Folder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    rotary: dict[str, Any] = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 2.0,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    original = "original_max_position_embeddings"
+    changed(folder / "config.json", rope_parameters=rotary | {original: 32})
+    with pytest.raises(BackboneError, match=r"longer than 32 tokens \(rope_type longrope.*\(64\)"):
+        open_backbone(folder)
+    changed(folder / "config.json", rope_parameters=rotary | {original: 64})
+    open_backbone(folder)
+
+
 def test_family_table_says_what_each_supports() -> None:
     names = [one.name for one in FAMILIES]
     assert len(set(names)) == len(names)
     trims = {one.name for one in FAMILIES if one.trims_last_layer}
     assert trims == {"BERT", "RoBERTa", "ELECTRA"}
+    for one in FAMILIES:
+        own = one.make_layers is BertFamily
+        assert one.trims_last_layer == own, one.name
     verbalizers = {one.name for one in FAMILIES if one.has_verbalizer}
     assert verbalizers == {"BERT", "RoBERTa", "MPNet"}

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertForMaskedLM,
     BertForSequenceClassification,
+    EuroBertModel,
 )
 
 from ptv2_core.config import PromptConfig
@@ -174,10 +175,64 @@ def test_repository_with_code_of_its_own_is_refused_without_asking(
         load_tokenizer(locate(str(folder)))
 
 
-@pytest.mark.parametrize("model_type", ["of_its_own", None])
-def test_repository_of_an_unknown_type_is_refused(folder: Path, model_type: str | None) -> None:
+def as_published(folder: Path, **names: str) -> Path:
+    """Add code to a EuroBERT as its authors published it; it fails where it is run."""
+    for name in ("configuration_eurobert", "modeling_eurobert"):
+        (folder / f"{name}.py").write_text("raise AssertionError('this code was run')\n")
+    published = {
+        "AutoConfig": "configuration_eurobert.EuroBertConfig",
+        "AutoModel": "modeling_eurobert.EuroBertModel",
+        "AutoModelForPreTraining": "modeling_eurobert.EuroBertPreTrainedModel",
+        "AutoModelForMaskedLM": "modeling_eurobert.EuroBertForMaskedLM",
+        "AutoModelForSequenceClassification": (
+            "modeling_eurobert.EuroBertForSequenceClassification"
+        ),
+    }
+    changed(folder / "config.json", auto_map=published | names)
+    return folder
+
+
+def test_repository_whose_code_is_transformers_own_now_is_taken_and_its_code_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("code of the repository was asked for")
+
+    for module in ("models.auto.configuration_auto", "models.auto.auto_factory"):
+        monkeypatch.setattr(f"transformers.{module}.get_class_from_dynamic_module", run)
+    folder = as_published(tiny_family(tmp_path / "eurobert", "eurobert"))
+    backbone = open_backbone(folder)
+    assert type(backbone.model) is EuroBertModel
+    load_tokenizer(locate(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        # another model on the same weights: LLM2Vec's Llama sees both ways
+        ("llama", {"AutoModel": "modeling_llama_encoder.LlamaEncoderModel"}),
+        ("llama", {"AutoModel": "code.LlamaModel", "AutoModelForCausalLM": "code.LlamaBiForMNTP"}),
+        ("eurobert", {"AutoModel": "modeling_eurobert.EuroBertModel", "AutoTokenizer": "c.T"}),
+        ("eurobert", {"AutoModel": ["modeling_eurobert.EuroBertModel"]}),
+        ("eurobert", {"AutoModel": None}),
+    ],
+)
+def test_repository_whose_code_may_be_another_is_refused(
+    tmp_path: Path, case: str, names: dict[str, object]
+) -> None:
+    folder = tiny_family(tmp_path / case, case)
+    changed(folder / "config.json", auto_map=names)
+    with pytest.raises(BackboneError, match=r"code of its own \(auto_map in .*config.json"):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("model_type", ["of_its_own", "t5", None])
+def test_repository_of_an_unknown_type_is_refused_with_those_that_are_known(
+    folder: Path, model_type: str | None
+) -> None:
     changed(folder / "config.json", model_type=model_type)
-    with pytest.raises(BackboneError, match=r"config.json could not be read"):
+    message = rf"is of type {model_type!r}, .*expected one of albert, bert, .*ptv2 backbones"
+    with pytest.raises(BackboneError, match=message):
         load_backbone(str(folder))
 
 
@@ -267,7 +322,8 @@ def served(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], lis
             assert (name, revision) == ("org/model", COMMIT)
             asked.append(file)
             if not (folder / file).is_file():
-                if how == {"_raise_exceptions_for_missing_entries": False}:
+                # as Transformers' own, a configuration that is missing is never an error
+                if file == "config.json" or how == {"_raise_exceptions_for_missing_entries": False}:
                     return None
                 raise OSError(f"there is no {file}")
             (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
@@ -313,6 +369,27 @@ def test_repository_on_a_hub_without_safetensors_is_refused_with_a_way_out(
     served(folder)
     with pytest.raises(BackboneError, match=rf"there is no {INDEX}\. .*refs/pr/N"):
         locate("org/model", COMMIT)
+
+
+def test_repository_on_a_hub_without_a_configuration_is_refused(
+    folder: Path,
+    served: Callable[[Path], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # a whole model where the program runs, which must not be taken for it
+    monkeypatch.chdir(folder)
+    served(tmp_path / "nothing")
+    with pytest.raises(BackboneError, match="'org/model' at 0123.* has no config.json on the hub"):
+        locate("org/model", COMMIT)
+
+
+def test_repository_without_an_optional_file_is_no_error_under_this_transformers(
+    folder: Path,
+) -> None:
+    assert hub._optional(str(folder), "1_Pooling/config.json", COMMIT) is None
+    assert hub._optional(str(folder), WEIGHTS, COMMIT) == str(folder / WEIGHTS)
+    assert hub.cached_file(str(folder.parent), "config.json", revision=COMMIT) is None
 
 
 # Checkpoints of tasks

@@ -6,24 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptv2_core.config import TrainConfig
+from ptv2_core.config import PromptConfig, TrainConfig
 from ptv2_core.data.encoding import EncodedSplit
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import TrainingError
 from ptv2_core.machine import measure_gemm_rate
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.rounding import LIBRARIES
+from ptv2_core.model.prompts import NO_SLOT
 from ptv2_core.training.checkpoint import Checkpoint
 from ptv2_core.training.fit import fit
 from ptv2_core.training.records import EpochRecord
 from ptv2_core.training.stack import Stack
 from ptv2_core.training.start import new_model
 from ptv2_core.training.trunk import TrunkCache
-from tests.tiny import encode_for, examples_of, task_of, tiny_backbone
+from tests.core.family_parts import CASES, tiny_family
+from tests.core.training_parts import backward, padded
+from tests.tiny import MODELS, encode_for, examples_of, task_of, tiny_backbone, tiny_model
 
 pytestmark = pytest.mark.gpu
 # sums in another order, over three epochs of AdamW
 TOLERANCE = 2e-3
+ROWS = [[2, 7, 8, 9, 3], [2, 11, 3], [2, 20, 21, 22, 23, 24, 25, 30, 31, 32, 33, 3], [2, 9, 9, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,30 @@ def test_cuda_trains_as_the_cpu_does(folder: Path, kind: str, changes: dict[str,
     for ours, theirs in zip(on_card, on_cpu, strict=True):
         assert ours.train_loss == pytest.approx(theirs.train_loss, abs=TOLERANCE)
         assert ours.dev_loss == pytest.approx(theirs.dev_loss, abs=TOLERANCE)
+
+
+def states(folder: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states of rows with and without prompts, and a prompt's gradient."""
+    backbone = load_backbone(str(folder), precision="fp32", device=device)  # type: ignore[arg-type]
+    model = tiny_model(backbone, PromptConfig(length=3), PromptConfig(length=7, layers=(0, 2)))
+    ids, mask = (one.to(device) for one in padded(ROWS))
+    slots = torch.tensor([0, NO_SLOT, 1, 0])
+    hidden = model.encode(ids, mask, slots=slots).hidden[mask]
+    weighing = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    backward((hidden * weighing.to(device)).sum())
+    gradient = dict(model.trainable())["bank.slots.0.weight"].grad
+    assert gradient is not None
+    return hidden.detach().cpu(), gradient.cpu()
+
+
+@pytest.mark.parametrize("case", [*MODELS, *CASES])
+def test_cuda_computes_every_family_as_the_cpu_does(tmp_path: Path, case: str) -> None:
+    make = tiny_family if case in CASES else tiny_backbone
+    folder = make(tmp_path, case)
+    (got, got_gradient), (wanted, gradient) = (states(folder, one) for one in ("cuda", "cpu"))
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+    size = gradient.abs().max()
+    torch.testing.assert_close(got_gradient / size, gradient / size, atol=1e-4, rtol=1e-3)
 
 
 def test_cuda_reads_the_trunk_cache(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_backbones_json_has_every_family_and_what_it_supports() -> None:
     keys = {
         "name", "model_types", "kinds", "verbalizer", "depth", "trunk_cache",
         "first_token_last_layer", "max_length", "position_table", "reads", "is_causal",
-        "tested_transformers", "note",
+        "tested_transformers", "note", "first_position",
     }  # fmt: skip
     assert all(set(row) == keys for row in found.values())
     assert all("qa" in row["kinds"] and row["depth"] for row in found.values())
@@ -28,6 +28,8 @@ def test_backbones_json_has_every_family_and_what_it_supports() -> None:
     assert found["GPT-2"]["reads"] == "last"
     assert found["MPNet"]["reads"] == "cls"
     assert found["ModernBERT"]["position_table"] is False
+    places = {name: row["first_position"] for name, row in found.items() if row["first_position"]}
+    assert places == {"RoBERTa": "pad_token_id + 1", "MPNet": 2}
     assert found["OPT"]["tested_transformers"] == list(TESTED_VERSIONS)
 
 
@@ -38,4 +40,5 @@ def test_backbones_table_names_every_family_and_model_type() -> None:
         assert family.name in result.output
         assert all(name in result.output for name in family.model_types)
     assert "relative bias between tokens" in result.output
-    assert "tested with Transformers 5.17 to 5.23" in result.output
+    assert "512 of 514" in result.output
+    assert "tested with Transformers {} to {}".format(*TESTED_VERSIONS) in result.output

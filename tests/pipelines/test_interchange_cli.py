@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.hub_parts import lettered
 from tests.stage_parts import call
 from tests.tiny import tiny_artifact, tiny_backbone
 
@@ -35,6 +36,24 @@ def test_export_and_import_bring_the_same_weights_back(
     ]
     assert call("predict", str(back), "book a taxi", "--json") == 0
     assert json.loads(capsys.readouterr().out)["label"] in {"alarm", "flight", "song"}
+
+
+@pytest.mark.parametrize("is_pair", [True, False])
+def test_export_and_import_say_what_stands_between_two_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_pair: bool
+) -> None:
+    backbone = lettered(tmp_path / "backbone", eos_token="<|endoftext|>")
+    prompt = tiny_artifact(tmp_path / "prompt", backbone, pair=is_pair)
+    peft, back = str(tmp_path / "peft"), str(tmp_path / "back")
+    told = "Between two texts stands '<|endoftext|>' (token 0)."
+    assert call("export", str(prompt), "--peft", peft) == 0
+    assert (told in capsys.readouterr().out) == is_pair
+    wanted = ("import", "--peft", peft, "--task", "tiny", "--to", back)
+    pair = ("--pair",) if is_pair else ()
+    assert call(*wanted, "--labels", "alarm,flight,song", *pair) == 0
+    said = capsys.readouterr().out
+    assert (told in said) == is_pair
+    assert ("if this adapter was trained on its rows, it reads other ones" in said) == is_pair
 
 
 def test_import_without_labels_or_with_an_unknown_kind_is_a_message(

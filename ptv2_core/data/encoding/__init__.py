@@ -30,6 +30,7 @@ __all__ = [
     "LongArray",
     "encode_examples",
     "encode_inputs",
+    "has_second_text",
 ]
 
 
@@ -88,6 +89,15 @@ def encode_inputs(
     by_example = list(_rows(examples, tokenizer, task, max_length, stride))
     split = _split(examples, by_example, task, labels=np.zeros(0, dtype=np.int32))
     return split, [any(row.is_cut for row in rows) for rows in by_example]
+
+
+def has_second_text(example: Example, task: TaskSpec) -> bool:
+    """Tell whether the rows of an example have a second text, behind a separator."""
+    if isinstance(example, TextExample):
+        return example.text_pair is not None and not has_mask(task)
+    if isinstance(example, TokensExample):
+        return example.predicate is not None
+    return True
 
 
 def _split(

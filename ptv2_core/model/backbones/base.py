@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import PromptBatch
-from ptv2_core.model.backbones.layers import Layers, Shared
+from ptv2_core.model.backbones.layers import Layers, PlainLayers, Shared
 from ptv2_core.model.backbones.packing import PackedLinear
 from ptv2_core.model.backbones.rounding import Rounding, number_format, size_bytes
 from ptv2_core.model.prompts import PromptShape
@@ -145,6 +145,7 @@ class Backbone(nn.Module):
         language_model: Its language model's head; None where it was not loaded.
         is_tuned: Whether its own weights are trained.
         rounding: What rounded its weights to 8 or 4 bits; None where nothing did.
+        has_token_types: Whether it tells a second text by the type of its tokens.
     """
 
     def __init__(
@@ -180,6 +181,9 @@ class Backbone(nn.Module):
         self._layers = make_layers(model)
         self._first_position = first_position
         self._product_dtype = product_dtype
+        # where there is one type of tokens alone, a tokenizer's second one has no embedding
+        config: Any = self.model.config
+        self.has_token_types = (getattr(config, "type_vocab_size", None) or 0) > 1
 
     def tunable_copy(self) -> "Backbone":
         """Return a copy whose own weights can be trained; this one stays as it is.
@@ -253,6 +257,12 @@ class Backbone(nn.Module):
         windows = [sight.window for sight in self._layers.sights if sight.window is not None]
         return min(windows, default=None)
 
+    @property
+    def trims_last_layer(self) -> bool:
+        """Whether its last layer has a way of its own to compute the first token alone."""
+        own: Any = type(self._layers)
+        return own.first_token_layer is not PlainLayers.first_token_layer
+
     @contextmanager
     def dropout(self, seed: int | None) -> Iterator[None]:
         """Let the backbone drop out as in its own pre-training, with draws that `seed` decides.
@@ -290,7 +300,7 @@ class Backbone(nn.Module):
         Args:
             input_ids: `[B, T]`.
             token_mask: `[B, T]`, true at real tokens.
-            token_type_ids: `[B, T]` or None.
+            token_type_ids: `[B, T]` or None; not read where the backbone has no types.
             shifts: `[B or 1]`, added to the row's token positions.
             prompts: Keys, values and masks for every layer; with `inputs`, masks of `P + T`.
             inputs: `[P, H]`, word embeddings that stand before the tokens.
@@ -345,7 +355,7 @@ class Backbone(nn.Module):
         if trunk is not None:
             hidden = trunk.hidden
         else:
-            hidden = self._layers.embed(input_ids, token_type_ids, positions, inputs)
+            hidden = self._embed(input_ids, token_type_ids, positions, inputs)
         if inputs is not None:
             token_mask = nn.functional.pad(token_mask, (len(inputs), 0), value=True)
         shared, prompts = self._begin(hidden, positions, token_mask, prompts)
@@ -359,6 +369,17 @@ class Backbone(nn.Module):
             else:
                 hidden = run(index, hidden, prompts, shared)
         return hidden
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        positions: Tensor,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the lowest layer reads, `[B, T, H]`; longer by `inputs` `[P, H]`."""
+        types = token_type_ids if self.has_token_types else None
+        return self._layers.embed(input_ids, types, positions, inputs)
 
     def _begin(
         self, hidden: Tensor, positions: Tensor, token_mask: Tensor, prompts: PromptBatch
@@ -392,7 +413,7 @@ class Backbone(nn.Module):
         bare = PromptBatch.of([None] * self.spec.shape.num_layers, token_mask, self.dtype)
         unshifted = torch.zeros(1, dtype=torch.long, device=input_ids.device)
         positions = self._positions(input_ids, unshifted)
-        hidden = self._layers.embed(input_ids, token_type_ids, positions)
+        hidden = self._embed(input_ids, token_type_ids, positions)
         shared, bare = self._begin(hidden, positions, token_mask, bare)
         for index in range(num_layers):
             hidden = self._layers.layer(index, hidden, bare, shared)

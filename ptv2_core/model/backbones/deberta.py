@@ -89,7 +89,9 @@ class Deberta(PlainLayers):
         if index == 0 and convolution is not None:
             mask = shared["token_mask"]
             # a token beside padding is as one at the end of a row
-            output = convolution(hidden * mask[:, :, None], output, mask.long())
+            output = convolution(
+                hidden * mask[:, :, None], residual_states=output, input_mask=mask.long()
+            )
         return output
 
     def _projected(self, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,14 +114,16 @@ class Deberta(PlainLayers):
         """Return the terms of relative places `[B, N, T, T]`, as the layer itself computes them."""
         if not own.relative_attention or terms == 1:
             return None
-        embeddings = own.pos_dropout(shared["embeddings"])
+        given = {
+            "relative_pos": shared["places"],
+            "rel_embeddings": own.pos_dropout(shared["embeddings"]),
+            "scale_factor": terms,
+        }
         if self._is_first:
-            scores: Tensor = own.disentangled_att_bias(
-                query * scaling, key, shared["places"], embeddings, terms
-            )
+            scores: Tensor = own.disentangled_att_bias(query * scaling, key, **given)
             return scores
         flat: Tensor = own.disentangled_attention_bias(
-            query.flatten(0, 1), key.flatten(0, 1), shared["places"], embeddings, terms
+            query.flatten(0, 1), key.flatten(0, 1), **given
         )
         return flat.view(*query.shape[:-1], -1)  # [B * N, T, T] -> [B, N, T, T]
 

@@ -73,8 +73,8 @@ class Opt(PlainLayers):
         words = after_inputs(self.word_embeddings(input_ids), inputs)
         if self._decoder.project_in is not None:
             words = self._decoder.project_in(words)
-        # the mask in the first place is for those who give no positions
-        places: Tensor = self._decoder.embed_positions(None, 0, position_ids=positions)
+        # the mask is for those who give no positions
+        places: Tensor = self._decoder.embed_positions(attention_mask=None, position_ids=positions)
         return words + places
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:

@@ -30,7 +30,9 @@ class DistilBert(PlainLayers):
     ) -> Tensor:
         """Return what the lowest layer reads, `[B, T, H]`; longer by `inputs` `[P, H]`."""
         words = after_inputs(self.word_embeddings(input_ids), inputs)
-        hidden: Tensor = self._model.embeddings(None, words, positions)
+        hidden: Tensor = self._model.embeddings(
+            input_ids=None, inputs_embeds=words, position_ids=positions
+        )
         return hidden
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:

@@ -26,22 +26,9 @@ from ptv2_core.model.backbones.rotary import ModernBert, rotary_decoder, rotary_
 from ptv2_core.model.prompts import PromptShape
 
 # the oldest and the newest Transformers that the tests were run against
-TESTED_VERSIONS = ("5.17", "5.23")
+TESTED_VERSIONS = ("5.17", "5.24")
 # of architectures that do not ask Transformers' interface for their attention
 OWN_ATTENTION = "eager"
-
-
-def _from_zero(config: Any) -> int:
-    return 0
-
-
-def _after_padding(config: Any) -> int:
-    return int(config.pad_token_id) + 1
-
-
-def _of_mpnet(config: Any) -> int:
-    # whatever its configuration names for padding
-    return 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +40,8 @@ class Family:
         model_types: Transformers' names.
         make_layers: How they are run.
         note: What is special about prompts in them, for people.
-        first_position: The position of a row's first token, by the configuration.
+        first_position: The position of a row's first token; None: the one behind the padding's,
+            which a configuration names.
         attention: Transformers' name of the attention that a model is loaded with.
         has_pooler: Whether they have a pooler of their own.
         is_causal: Whether they are decoders, whose tokens see none that stands after them.
@@ -66,7 +54,7 @@ class Family:
     model_types: tuple[str, ...]
     make_layers: Callable[[nn.Module], Layers]
     note: str
-    first_position: Callable[[Any], int] = _from_zero
+    first_position: int | None = 0
     attention: str = ATTENTION_NAME
     has_pooler: bool = False
     is_causal: bool = False
@@ -78,6 +66,10 @@ class Family:
     def reads(self) -> PooledReading:
         """What a head for whole texts reads where the backbone's files say nothing else."""
         return "last" if self.is_causal else "cls"
+
+    def first_position_in(self, config: Any) -> int:
+        """Return the position of a row's first token, by Transformers' configuration."""
+        return int(config.pad_token_id) + 1 if self.first_position is None else self.first_position
 
 
 FAMILIES = (
@@ -96,7 +88,7 @@ FAMILIES = (
         make_layers=BertFamily,
         trims_last_layer=True,
         note="positions start behind the padding's",
-        first_position=_after_padding,
+        first_position=None,
         has_pooler=True,
         has_verbalizer=True,
     ),
@@ -125,7 +117,8 @@ FAMILIES = (
         model_types=("mpnet",),
         make_layers=MPNet,
         note="relative bias between tokens; prompts get none",
-        first_position=_of_mpnet,
+        # whatever its configuration names for padding
+        first_position=2,
         attention=OWN_ATTENTION,
         has_pooler=True,
         has_verbalizer=True,
@@ -190,11 +183,11 @@ def model_types() -> list[str]:
     return sorted(name for family in FAMILIES for name in family.model_types)
 
 
-def family_of(model_type: str, *, name: str) -> Family:
+def family_of(model_type: Any, *, name: str) -> Family:
     """Return the family of an architecture.
 
     Args:
-        model_type: Transformers' name of it.
+        model_type: Transformers' name of it, as a configuration says it; None: it does not.
         name: What the user calls the backbone, for the message.
 
     Raises:
@@ -221,11 +214,16 @@ def prompt_shape(config: Any) -> PromptShape:
     )
 
 
+def is_tested_version() -> bool:
+    """Tell whether this Transformers is in the range that was tested."""
+    oldest, newest = (_minor(version) for version in TESTED_VERSIONS)
+    return oldest <= _minor(transformers.__version__) <= newest
+
+
 @cache
 def _warn_of_version() -> None:
     """Say once that this Transformers is none that was tested."""
-    oldest, newest = (_minor(version) for version in TESTED_VERSIONS)
-    if not oldest <= _minor(transformers.__version__) <= newest:
+    if not is_tested_version():
         warnings.warn(
             f"Transformers {transformers.__version__} was not tested with deep prompts, "
             f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[1]} were; each backbone is checked when it "

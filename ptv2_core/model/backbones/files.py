@@ -1,6 +1,7 @@
 """Which files of a folder are a backbone, and what is refused of it; loads no torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def check_files(name: str, folder: Path) -> None:
     if not config_file.is_file():
         raise _lacks(name, folder, "config.json")
     config = _read_json(config_file)
-    refuse_code(name, config_file, config)
+    if not _is_transformers_own(config):
+        refuse_code(name, config_file, config)
     files = weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -95,6 +97,27 @@ def refuse_code(name: str, file: Path, settings: dict[str, Any]) -> None:
             "run here; expected an architecture and a tokenizer of Transformers. Where the code "
             "has become part of Transformers since, take auto_map out of a local copy of the files."
         )
+
+
+def _is_transformers_own(config: dict[str, Any]) -> bool:
+    """Tell whether the classes of an `auto_map` have become part of Transformers, by their names.
+
+    EuroBERT is published so; without leave to run code, Transformers takes its own. Classes of
+    other names may be another model on the same weights, such as a Llama that sees both ways.
+    """
+    named, model_type = config.get("auto_map"), config.get("model_type")
+    if not isinstance(named, dict) or "AutoTokenizer" in named:
+        return False
+    if not isinstance(model_type, str):
+        return False
+    # here: it loads torch
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return False
+    stem = CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
+    own = re.compile(rf"[\w.]+\.{stem}(Config|Model|PreTrainedModel|For[A-Z]\w*)")
+    return all(isinstance(one, str) and own.fullmatch(one) for one in named.values())
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -49,7 +49,13 @@ def fetch(name: str, revision: str | None) -> Path:
         return _cached(name, revision)
     try:
         config = cached_file(name, "config.json", revision=revision)
-        folder = Path(str(config)).parent
+        if config is None:  # of this file alone, a missing one is no error of Transformers
+            raise BackboneError(
+                f"backbone.name: {name!r} at {revision} has no config.json on the hub; expected "
+                f"config.json, {WEIGHTS} (or its shards) and tokenizer files. Check the name and "
+                "the commit, or name a repository that save_pretrained() wrote."
+            )
+        folder = Path(config).parent
         if _optional(name, WEIGHTS, revision) is None:
             cached_file(name, WEIGHTS_INDEX, revision=revision)
         for file in weight_files(folder):

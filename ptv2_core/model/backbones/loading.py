@@ -1,10 +1,11 @@
 """Load a frozen backbone by name, and say exactly which one it is."""
 
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel
@@ -15,14 +16,27 @@ from ptv2_core.config import Device, Precision
 from ptv2_core.errors import BackboneError
 from ptv2_core.model.attention import register_attention
 from ptv2_core.model.backbones.base import Backbone, BackboneSpec, PooledReading
-from ptv2_core.model.backbones.checking import check, explained
+from ptv2_core.model.backbones.checking import FAILURES, check, explained, told
 from ptv2_core.model.backbones.families import Family, family_of, prompt_shape
-from ptv2_core.model.backbones.files import check_files
+from ptv2_core.model.backbones.files import check_files, read_settings
 from ptv2_core.model.backbones.language import load_language_model
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.packing import can_pack, pack
 from ptv2_core.model.backbones.quantized import quantize
 from ptv2_core.model.backbones.rounding import Rounding, loading_arguments, rounding_of
+from ptv2_core.model.backbones.variants import refuse_variants
+
+# names of sentence-transformers' poolings -> what a head reads
+POOLINGS: dict[str, PooledReading] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+# as its earlier releases wrote them, each with a boolean
+OLDER_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def choose_device(device: Device = "auto") -> torch.device:
@@ -146,6 +160,10 @@ def load_backbone(
         is_causal=family.is_causal,
     )
     if rounding == "int8":
+        with explained(location.name, config.model_type):
+            first = family.first_position_in(config)
+            # exactly, as what is rounded to 8 bits cannot be compared
+            check(Backbone(model, spec, family.make_layers, first_position=first))
         quantize(model)
         _cast(model, products)
     if not (rounding or "").startswith("bnb"):  # those are there already
@@ -161,7 +179,7 @@ def load_backbone(
             model,
             spec,
             family.make_layers,
-            first_position=family.first_position(config),
+            first_position=family.first_position_in(config),
             language_model=words,
             product_dtype=products if tunable and products != dtype else None,
             rounding=rounding,
@@ -178,15 +196,21 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _config(location: Location) -> tuple[Any, Family]:
+    file = location.folder / "config.json"
+    settings = read_settings(file)
+    # before Transformers reads it, which knows nothing of what is supported here
+    family = family_of(settings.get("model_type"), name=location.name)
     try:
         config = AutoConfig.from_pretrained(
             location.folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of wrong values, each architecture raises what it likes
         raise BackboneError(
-            f"backbone.name: {location.folder / 'config.json'} could not be read: {error}"
+            f"backbone.name: {file} could not be read by Transformers {transformers.__version__}: "
+            f"{told(error)}. Expected what save_pretrained() writes; get the files again."
         ) from error
-    return config, family_of(config.model_type, name=location.name)
+    refuse_variants(location.name, settings, config, family)
+    return config, family
 
 
 def _tensor_names(location: Location) -> set[str]:
@@ -217,12 +241,35 @@ def _default_reading(location: Location, family: Family, names: set[str]) -> Poo
     """
     pooling = location.folder / "1_Pooling" / "config.json"
     if pooling.is_file():
-        settings = json.loads(pooling.read_text(encoding="utf-8"))
-        if settings.get("pooling_mode_lasttoken"):
-            return "last"
-        return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+        return _pooling(location, pooling)
     was_trained = any("seq_relationship" in name or "sop_classifier" in name for name in names)
     return "pooler" if was_trained and _has_pooler(family, names) else family.reads
+
+
+def _pooling(location: Location, file: Path) -> PooledReading:
+    """Return what is nearest to the pooling of a sentence-embedding model.
+
+    Raises:
+        BackboneError: Its file is damaged.
+    """
+    settings = read_settings(file)
+    older = [name for key, name in OLDER_POOLINGS.items() if settings.get(key)]
+    found = settings.get("pooling_mode", older or "mean")
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
+        raise BackboneError(
+            f"backbone.name: {file} is damaged: pooling_mode: expected a name or a list of names, "
+            f"got {found!r}; get the backbone's files again."
+        )
+    if len(names) == 1 and names[0] in POOLINGS:
+        return POOLINGS[names[0]]
+    warnings.warn(
+        f"the states of {location.name!r} are pooled by {', '.join(names)}, which no head reads "
+        "here; a head for whole texts reads what is nearest, the mean, unless train.head.reads "
+        "says otherwise",
+        stacklevel=4,
+    )
+    return "mean"
 
 
 def _load_model(
@@ -238,16 +285,35 @@ def _load_model(
     extra = loading_arguments(rounding, dtype, device)
     if family.has_pooler:
         extra["add_pooling_layer"] = has_pooler
-    model, info = AutoModel.from_pretrained(
-        location.folder,
-        attn_implementation=family.attention,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **extra,
-    )
+    try:
+        model, info = AutoModel.from_pretrained(
+            location.folder,
+            attn_implementation=family.attention,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # they are told below, with both sizes
+            ignore_mismatched_sizes=True,
+            **extra,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise BackboneError(
+            f"backbone.name: {location.name!r} could not be loaded by Transformers "
+            f"{transformers.__version__}: {told(error)}. Expected weights and a config.json of one "
+            f"{family.name} model in {location.folder}; get the backbone's files again."
+        ) from error
+    if info["mismatched_keys"]:
+        (tensor, got, wanted), *others = sorted(info["mismatched_keys"])
+        more = f" (and {len(others)} more)" if others else ""
+        raise BackboneError(
+            f"backbone.name: {tensor}: expected {list(wanted)} by its config.json, got {list(got)} "
+            f"in the weights of {location.folder}{more}; get the backbone's files again, all of "
+            "one model."
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise BackboneError(

@@ -47,7 +47,7 @@ class Rotary(PlainLayers):
 
     def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
         """Return the cosines and sines of all places."""
-        return {"tables": self._model.rotary_emb(hidden, positions)}
+        return {"tables": self._model.rotary_emb(hidden, position_ids=positions)}
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; the highest has the last norm behind it."""
@@ -100,7 +100,10 @@ class ModernBert(PlainLayers):
     def share(self, hidden: Tensor, positions: Tensor, token_mask: Tensor) -> Shared:
         """Return the cosines and sines of all places, for each kind of layer."""
         rotary = self._model.rotary_emb
-        return {kind: rotary(hidden, positions, kind) for kind in set(self._kinds)}
+        return {
+            kind: rotary(hidden, position_ids=positions, layer_type=kind)
+            for kind in set(self._kinds)
+        }
 
     def layer(self, index: int, hidden: Tensor, prompts: PromptBatch, shared: Shared) -> Tensor:
         """Run one layer, `[B, T, H]` to `[B, T, H]`; the highest has the last norm behind it."""

@@ -50,20 +50,37 @@ class LastToken:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Tables of embeddings whose sum, given in place of ids, is the same row.
+
+    Attributes:
+        words: Name of that of words, in an encoder.
+        types: Name of that of token types.
+    """
+
+    words: str
+    types: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskModels:
     """The layers of an architecture's models for a task.
 
     Attributes:
         rows: Of that for sequence classification.
+        tables: The encoder's, to give token types without ids of types; None: it has none, or
+            counts positions otherwise where it is given embeddings.
         tokens: Name of the one for token classification; None: there is no such model.
         spans: Name of the one for question answering; None: there is no such model.
     """
 
     rows: FirstToken | LastToken
+    tables: Tables | None = None
     tokens: str | None = "classifier"
     spans: str | None = "qa_outputs"
 
 
+_OF_BERT = Tables(words="embeddings.word_embeddings", types="embeddings.token_type_embeddings")
 _OF_ROBERTA = TaskModels(
     rows=FirstToken(
         dense="classifier.dense", last="classifier.out_proj", slope=1.0, has_pooler=False
@@ -74,7 +91,8 @@ _SCORE = LastToken(layer="score")
 # model_type -> its models, of the types on which PEFT's prefix tuning runs
 TASK_MODELS: Mapping[str, TaskModels] = {
     "bert": TaskModels(
-        rows=FirstToken(dense="bert.pooler.dense", last="classifier", slope=1.0, has_pooler=True)
+        rows=FirstToken(dense="bert.pooler.dense", last="classifier", slope=1.0, has_pooler=True),
+        tables=_OF_BERT,
     ),
     "roberta": _OF_ROBERTA,
     "xlm-roberta": _OF_ROBERTA,
@@ -82,7 +100,8 @@ TASK_MODELS: Mapping[str, TaskModels] = {
     "electra": TaskModels(
         rows=FirstToken(
             dense="classifier.dense", last="classifier.out_proj", slope=0.5, has_pooler=False
-        )
+        ),
+        tables=_OF_BERT,
     ),
     "gpt2": TaskModels(rows=_SCORE),
     "opt": TaskModels(rows=_SCORE, tokens=None),

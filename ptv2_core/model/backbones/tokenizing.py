@@ -1,6 +1,7 @@
 """Load a backbone's tokenizer, and see to what rows rely on; loads no torch."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -11,8 +12,32 @@ from ptv2_core.model.backbones.hub import VOCABULARIES
 from ptv2_core.model.backbones.locating import Location
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What was changed in a tokenizer, because rows are other ones here than it would make.
+
+    Attributes:
+        what: A sentence about rows.
+        imports: Lines of Python that `code` needs.
+        code: Lines that do the same to a `tokenizer` of Transformers.
+        is_of_pairs: Whether rows of two texts alone show it.
+    """
+
+    what: str
+    imports: tuple[str, ...]
+    code: tuple[str, ...]
+    is_of_pairs: bool
+
+
 def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedTokenizerBase:
-    """Load the backbone's fast tokenizer from its folder.
+    """Load the backbone's tokenizer; arguments and errors as for `open_tokenizer`."""
+    return open_tokenizer(location, words=words)[0]
+
+
+def open_tokenizer(
+    location: Location, *, words: bool = False
+) -> tuple[PreTrainedTokenizerBase, tuple[Change, ...]]:
+    """Load the backbone's fast tokenizer from its folder, and say what was changed in it.
 
     Rows are padded and cut on the right, whatever its files say. One that puts nothing between two
     texts puts its own separator there: its sep token, or its end of text, or a new line.
@@ -32,10 +57,11 @@ def load_tokenizer(location: Location, *, words: bool = False) -> PreTrainedToke
     _check_vocabulary(location, tokenizer, vocabulary)
     # rows of a batch are joined on one side, the one that positions and heads count from
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if words:
-        _part_words(tokenizer)
-    _part_texts(tokenizer, vocabulary)
-    return tokenizer
+    changes = [
+        _part_words(tokenizer) if words else None,
+        _part_texts(tokenizer, vocabulary),
+    ]
+    return tokenizer, tuple(change for change in changes if change is not None)
 
 
 def _check_files(location: Location) -> None:
@@ -96,39 +122,58 @@ def _check_vocabulary(
         )
 
 
-def _part_words(tokenizer: PreTrainedTokenizerBase) -> None:
+def _part_words(tokenizer: PreTrainedTokenizerBase) -> Change | None:
     """Put a space before each word, where the tokenizer puts none and needs one."""
     backend = tokenizer.backend_tokenizer
     stored = _state(backend.pre_tokenizer) or {}
     if stored.get("type") == "ByteLevel":
+        if stored.get("add_prefix_space"):
+            return None
         backend.pre_tokenizer.add_prefix_space = True
-        return
+        return _spaces("tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True")
     parts = stored.get("pretokenizers", [stored])
     # not by add_prefix_space: behind another part it puts a space before each piece of a word
     glues = any(
         part.get("add_prefix_space") is False or part.get("prepend_scheme") == "never"
         for part in parts
     )
-    if glues:
-        own = _state(backend.normalizer)
-        parts = [*([own] if own else []), {"type": "Prepend", "prepend": " "}]
-        whole = _made(backend, normalizer={"type": "Sequence", "normalizers": parts})
-        backend.normalizer = whole.normalizer
+    if not glues:
+        return None
+    own = _state(backend.normalizer)
+    parts = [*([own] if own else []), {"type": "Prepend", "prepend": " "}]
+    whole = _made(backend, normalizer={"type": "Sequence", "normalizers": parts})
+    backend.normalizer = whole.normalizer
+    before = "tokenizer.backend_tokenizer.normalizer, " if own else ""
+    return _spaces(
+        "tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(",
+        f'    [{before}normalizers.Prepend(" ")]',
+        ")",
+        imports=("from tokenizers import normalizers",),
+    )
 
 
-def _part_texts(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> None:
+def _spaces(*code: str, imports: tuple[str, ...] = ()) -> Change:
+    return Change(
+        what="Before each word of tokenizer(words, is_split_into_words=True) stands a space.",
+        imports=imports,
+        code=code,
+        is_of_pairs=False,
+    )
+
+
+def _part_texts(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) -> Change | None:
     """Put a separator between two texts, where the tokenizer puts nothing there.
 
     Without one, `art` and `is` would be the row of `artis`.
     """
     special = tokenizer.num_special_tokens_to_add
     if special(pair=True) > special(pair=False):
-        return
+        return None
     named = [token for token in (tokenizer.sep_token, tokenizer.eos_token) if token in vocabulary]
     separator = str(named[0]) if named else "\n"
     ids = [vocabulary[separator]] if named else _new_line(tokenizer)
     if not ids:  # pairs are refused when they are encoded
-        return
+        return None
     backend = tokenizer.backend_tokenizer
     stored = _state(backend.post_processor)
     parts = stored.get("processors", [stored]) if stored else []
@@ -144,6 +189,35 @@ def _part_texts(tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int]) 
     template["special_tokens"][separator] = {"id": separator, "ids": ids, "tokens": tokens}
     whole = _made(backend, post_processor={"type": "Sequence", "processors": parts})
     backend.post_processor = whole.post_processor
+    numbers = ", ".join(map(str, ids))
+    return Change(
+        what=f"Between two texts stands {separator!r} (token {numbers}).",
+        imports=("from tokenizers import processors",),
+        code=_template_code(template),
+        is_of_pairs=True,
+    )
+
+
+def _template_code(template: dict[str, Any]) -> tuple[str, ...]:
+    """Return code that gives a tokenizer a template of rows; of ids, nothing else decides."""
+    special = template["special_tokens"]
+    # by their ids: a name may hold what means something in a template
+    names = {name: "token_" + "_".join(map(str, one["ids"])) for name, one in special.items()}
+    lines = []
+    for key in ("single", "pair"):
+        pieces = []
+        for piece in template[key]:
+            ((kind, one),) = piece.items()
+            name = f"${one['id']}" if kind == "Sequence" else names[one["id"]]
+            pieces.append(f"{name}:{one['type_id']}")
+        lines.append(f"    {key}={pieces},")
+    tokens = [one | {"id": names[name]} for name, one in special.items()]
+    return (
+        "tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(",
+        *lines,
+        f"    special_tokens={tokens},",
+        ")",
+    )
 
 
 def _new_line(tokenizer: PreTrainedTokenizerBase) -> list[int]:
