@@ -46,7 +46,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/* \
     && git config --system --add safe.directory /workspace \
-    && install -d -o ptv2 -g ptv2 /workspace /var/lib/ptv2/mlartifacts
+    && install -d -o ptv2 -g ptv2 /workspace /var/lib/ptv2/mlartifacts /var/lib/ptv2/prefect
 COPY --from=build-train /opt/venv /opt/venv
 ENV DVC_NO_ANALYTICS=1 \
     PREFECT_SERVER_ANALYTICS_ENABLED=false

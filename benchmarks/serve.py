@@ -8,6 +8,8 @@ as many threads, in the same number format, in turn, with the same clients: at t
 lower one wherever our throughput is the higher. A ratio is the median over the rounds of the
 throughputs of one round. Then 1,000 prompts are made resident, and an alias is moved again and
 again. Correctness under load, and a soak, are `benchmarks.serve_load` and `benchmarks.serve_soak`.
+With `--quick` a slow machine does less of every part, and leaves out none, so that it ends within 8
+minutes; what was shortened is said below the tables and in the JSON.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from rich.console import Console
 
 from benchmarks import serve_load, serve_resident, serve_soak, serve_swap
 from benchmarks.machine import describe, set_up
+from benchmarks.serve_budget import Budget, Usual, scaled
 from benchmarks.serve_costs import fitted
 from benchmarks.serve_http import running
 from benchmarks.serve_parts import LocalRegistry, Prompts, names, run_on_loop
@@ -30,6 +33,7 @@ from benchmarks.serve_rates import (
     MIXED,
     ONE_TASK,
     Measured,
+    Rows,
     Served,
     compare,
     differences,
@@ -46,6 +50,23 @@ TASKS, CLIENTS = 50, 64
 TOKENS = (16, 32, 64)
 LOOKED_AT = (10, 100, 300)
 PUBLISHED, DEFAULT = 16, 64
+# the parts of `--quick` on a quiet machine: 2 cores of an AMD EPYC, AVX512-BF16
+USUAL = {
+    "P = 16": Usual(12, 0),
+    "P = 16, T = 16": Usual(3, 18),
+    "P = 16, T = 32": Usual(5, 29),
+    "P = 16, T = 64": Usual(8, 49),
+    "P = 64": Usual(12, 0),
+    "P = 64, T = 16": Usual(4, 22),
+    "P = 64, T = 32": Usual(5, 31),
+    "P = 64, T = 64": Usual(8, 52),
+    "residents": Usual(15, 25),
+    "costs": Usual(4, 5),
+    "swaps": Usual(3, 7),
+    "looks": Usual(2, 18),
+    "load": Usual(18, 10),
+    "HTTP": Usual(12, 12),
+}
 # of the largest logit: a forward in bf16 in another order of sums
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
 
@@ -58,12 +79,13 @@ class Plan:
         lengths: Values of P.
         requests: That our engine answers in a round.
         peer_requests: Likewise a peer.
-        rounds: After one to warm up.
+        rounds: After a short one to warm up.
         residents: Prompts that are made resident.
         swaps: Times that an alias moves.
         load_requests: Of the check under load.
         load_swaps: Likewise.
         http_s: Seconds for which a server process is asked.
+        seconds: For everything; None: as long as it takes.
     """
 
     lengths: Sequence[int]
@@ -75,6 +97,7 @@ class Plan:
     load_requests: int
     load_swaps: int
     http_s: float
+    seconds: float | None = None
 
 
 QUICK = Plan(
@@ -87,6 +110,8 @@ QUICK = Plan(
     load_requests=8000,
     load_swaps=20,
     http_s=9.0,
+    # 8 minutes, less what Python takes to start and to end
+    seconds=450.0,
 )
 FULL = Plan(
     lengths=(PUBLISHED, DEFAULT),
@@ -142,13 +167,16 @@ def ratio(ours: Measured, peer: Measured) -> float:
     return statistics.median(one / other for one, other in pairs)
 
 
-def throughput(backbone: Path, scratch: Path, plan: Plan, *, length: int, threads: int) -> Table:
+def throughput(
+    backbone: Path, scratch: Path, plan: Plan, budget: Budget, *, length: int, threads: int
+) -> Table:
     """Measure all ways with prompts of one length.
 
     Args:
         backbone: Its folder.
         scratch: Where prompts are written.
         plan: How much.
+        budget: Which share of it.
         length: P.
         threads: Of each way.
     """
@@ -159,30 +187,24 @@ def throughput(backbone: Path, scratch: Path, plan: Plan, *, length: int, thread
     ]
     served = Served(prompts.choice(), EngineConfig(threads=threads))
     try:
-        served.put(folders)
-        rows = {
-            tokens: make_rows(prompts, tokens=tokens, count=plan.requests, tasks=TASKS)
-            for tokens in TOKENS
-        }
-        choice, ids = prompts.choice(), rows[TOKENS[0]].ids
-        exact: list[Way] = [Ours(choice, folders), fastest_peft(choice, folders, ids)]
-        precision = str(served.engine.backbone["precision"])
-        off = differences(served, exact, rows[TOKENS[0]], requests=TASKS)
-        wrong = {key: value for key, value in off.items() if value > AGREEMENT[precision]}
-        assert not wrong, f"peers that compute something else: {wrong}"
-        copies: Copies = fastest_copies(choice, folders, ids)
-        ways = [*exact, copies]
-        measured = {
-            tokens: compare(
-                served,
-                ways,
-                rows[tokens],
-                clients=CLIENTS,
-                rounds=plan.rounds,
-                peer_rows=plan.peer_requests,
-            )
-            for tokens in TOKENS
-        }
+        with budget.part(f"P = {length}"):
+            served.put(folders)
+            rows = {
+                tokens: make_rows(prompts, tokens=tokens, count=plan.requests, tasks=TASKS)
+                for tokens in TOKENS
+            }
+            choice, ids = prompts.choice(), rows[TOKENS[0]].ids
+            exact: list[Way] = [Ours(choice, folders), fastest_peft(choice, folders, ids)]
+            precision = str(served.engine.backbone["precision"])
+            off = differences(served, exact, rows[TOKENS[0]], requests=TASKS)
+            wrong = {key: value for key, value in off.items() if value > AGREEMENT[precision]}
+            assert not wrong, f"peers that compute something else: {wrong}"
+            copies: Copies = fastest_copies(choice, folders, ids)
+            ways = [*exact, copies]
+        measured = {}
+        for tokens in TOKENS:
+            with budget.part(f"P = {length}, T = {tokens}") as share:
+                measured[tokens] = _compared(served, ways, rows[tokens], plan, share)
         return Table(
             prompt_length=length,
             precision=precision,
@@ -193,6 +215,21 @@ def throughput(backbone: Path, scratch: Path, plan: Plan, *, length: int, thread
         )
     finally:
         served.close()
+
+
+def _compared(
+    served: Served, ways: Sequence[Way], rows: Rows, plan: Plan, share: float
+) -> Mapping[str, Measured]:
+    rounds = scaled(plan.rounds, share, least=1)
+    rest = share * plan.rounds / rounds
+    return compare(
+        served,
+        ways,
+        rows.first(scaled(plan.requests, rest, least=CLIENTS)),
+        clients=CLIENTS,
+        rounds=rounds,
+        peer_rows=scaled(plan.peer_requests, rest, least=CLIENTS),
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -221,40 +258,53 @@ def main(words: Sequence[str] | None = None) -> None:
 def measure(backbone: Path, scratch: Path, plan: Plan, *, threads: int) -> dict[str, Any]:
     """Measure everything; return the figures as the JSON has them."""
     before = os.getloadavg()
+    budget = Budget(plan.seconds, USUAL)
     tables = [
-        throughput(backbone, scratch, plan, length=length, threads=threads)
+        throughput(backbone, scratch, plan, budget, length=length, threads=threads)
         for length in plan.lengths
     ]
     default = Prompts(backbone, prompt_length=DEFAULT)
-    residents = serve_resident.measure(
-        default,
-        scratch / "residents",
-        tasks=plan.residents,
-        tokens=TOKENS[0],
-        requests=plan.requests,
-        clients=CLIENTS,
-        rounds=2 * plan.rounds,
-        threads=threads,
-    )
-    costs = fitted(default, scratch / "costs", threads=threads, rounds=3 * plan.rounds)
-    (scratch / "registry").mkdir()
-    registry = LocalRegistry(scratch / "registry")
-    serve_swap.register(registry, default, swaps=plan.swaps)
-    swapped = run_on_loop(serve_swap.swap(registry, scratch / "registry", swaps=plan.swaps))
-    (scratch / "looks").mkdir()
-    looks = serve_swap.looks(scratch / "looks", tasks=LOOKED_AT, times=5 * plan.rounds)
-    (scratch / "load").mkdir()
-    loaded = serve_load.run(
-        scratch / "load",
-        backbone,
-        versions={task: 3 if place < 10 else 1 for place, task in enumerate(names(TASKS))},
-        requests=plan.load_requests,
-        swaps=plan.load_swaps,
-        clients=CLIENTS,
-    )
-    with running(LocalRegistry(scratch / "load"), scratch / "http") as server:
+    with budget.part("residents") as share:
+        residents = serve_resident.measure(
+            default,
+            scratch / "residents",
+            tasks=plan.residents,
+            tokens=TOKENS[0],
+            requests=plan.requests,
+            clients=CLIENTS,
+            rounds=scaled(2 * plan.rounds, share, least=2),
+            threads=threads,
+        )
+    with budget.part("costs") as share:
+        rounds = scaled(3 * plan.rounds, share, least=3)
+        costs = fitted(default, scratch / "costs", threads=threads, rounds=rounds)
+    with budget.part("swaps") as share:
+        (scratch / "registry").mkdir()
+        registry = LocalRegistry(scratch / "registry")
+        swaps = scaled(plan.swaps, share, least=5)
+        serve_swap.register(registry, default, swaps=swaps)
+        swapped = run_on_loop(serve_swap.swap(registry, scratch / "registry", swaps=swaps))
+    with budget.part("looks") as share:
+        (scratch / "looks").mkdir()
+        looked_at = sorted({scaled(count, share, least=LOOKED_AT[0]) for count in LOOKED_AT})
+        times = scaled(5 * plan.rounds, share, least=5)
+        looks = serve_swap.looks(scratch / "looks", tasks=looked_at, times=times)
+    with budget.part("load") as share:
+        (scratch / "load").mkdir()
+        loaded = serve_load.run(
+            scratch / "load",
+            backbone,
+            versions={task: 3 if place < 10 else 1 for place, task in enumerate(names(TASKS))},
+            requests=scaled(plan.load_requests, share, least=1000),
+            swaps=scaled(plan.load_swaps, share, least=5),
+            clients=CLIENTS,
+        )
+    with (
+        budget.part("HTTP") as share,
+        running(LocalRegistry(scratch / "load"), scratch / "http") as server,
+    ):
         texts = default.texts.make(TOKENS[0], CLIENTS, seed=0)
-        http = run_on_loop(serve_soak.over_http(server, texts, seconds=plan.http_s))
+        http = run_on_loop(serve_soak.over_http(server, texts, seconds=share * plan.http_s))
     first = tables[0].ratios()
     return {
         "ratios": {**first, "tasks_1000_vs_10": residents.ratio},
@@ -267,6 +317,8 @@ def measure(backbone: Path, scratch: Path, plan: Plan, *, threads: int) -> dict[
         "clients": CLIENTS,
         "tasks": TASKS,
         "plan": asdict(plan),
+        "seconds": budget.seconds,
+        "shortened": budget.shortened,
         "tables": [_table(table) for table in tables],
         "residents": residents.to_mapping(),
         "swap": swapped.to_mapping(),

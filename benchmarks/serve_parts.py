@@ -9,7 +9,7 @@ import os
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from ptv2_core.artifact import (
     save_artifact,
 )
 from ptv2_core.config import HeadConfig, PromptConfig, TrainConfig
-from ptv2_core.data.tasks import TaskSpec
+from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import Location, locate
 from ptv2_core.model.backbones.tokenizing import load_tokenizer
-from ptv2_core.model.heads import LinearHead
+from ptv2_core.model.heads import LinearHead, reading_for
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank, make_prompt
 from ptv2_serving.engine.forward import BackboneChoice
@@ -36,6 +36,7 @@ from ptv2_serving.tracking import MANIFEST_TAG, PROMPT_PATH, SHA256_TAG
 
 MAX_LENGTH = 128
 LABELS = ("alarm", "book", "cancel", "play", "search", "weather")
+TAGS = ("O", "B-place", "I-place", "B-time", "I-time")
 # as many as `ptv2 run` stores
 GOLDEN_INPUTS = 4
 GOLDEN_TOKENS = 16
@@ -44,6 +45,22 @@ HEAD_SCALE = 20.0
 SMAPS = "/proc/{}/smaps_rollup"
 
 Result = TypeVar("Result")
+Kind = Literal["classification", "tagging"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Like:
+    """What a prompt is like.
+
+    Attributes:
+        kind: Of its task.
+        prompt_length: P.
+        max_length: Tokens of a row at most.
+    """
+
+    kind: Kind = "classification"
+    prompt_length: int
+    max_length: int = MAX_LENGTH
 
 
 class Texts:
@@ -73,24 +90,41 @@ class Prompts:
             backbone: Its folder.
             prompt_length: P.
         """
+        self.like = Like(prompt_length=prompt_length)
         self.location = locate(str(backbone))
         self.backbone: Backbone = load_backbone(str(backbone), device="cpu", precision="fp32")
         self.config = TrainConfig(prompt=PromptConfig(length=prompt_length))
         self.texts = Texts(self.location)
         self._tokenizer = load_tokenizer(self.location)
 
-    def save(self, folder: Path, task: str, *, seed: int, golden: int = GOLDEN_INPUTS) -> Path:
-        """Write the artifact of a prompt that `seed` draws; returns `folder`."""
-        spec = task_of(task)
-        shape, config = self.backbone.spec.shape, self.config.prompt
-        head = LinearHead(
-            self.backbone.spec.hidden_size, len(LABELS), reads=self.backbone.spec.reads, seed=seed
-        )
+    def save(
+        self,
+        folder: Path,
+        task: str,
+        *,
+        seed: int,
+        golden: int = GOLDEN_INPUTS,
+        like: Like | None = None,
+    ) -> Path:
+        """Write the artifact of a prompt that `seed` draws; returns `folder`.
+
+        Args:
+            folder: Where to.
+            task: Its name.
+            seed: Draws prompt and head.
+            golden: How many golden inputs it has.
+            like: What it is like; None: as this maker's `prompt_length` says.
+        """
+        like = like or self.like
+        spec = task_of(task, like.kind)
+        shape, config = self.backbone.spec.shape, PromptConfig(length=like.prompt_length)
+        reads = reading_for(spec.form, self.backbone.spec.reads)
+        head = LinearHead(self.backbone.spec.hidden_size, spec.num_outputs, reads=reads, seed=seed)
         head.start_at(head.linear.weight * HEAD_SCALE, head.linear.bias)
         bank = PromptBank(shape, [(make_prompt(shape, config, seed=seed), config)])
         model = PromptedModel(self.backbone, bank, [head])
         model.eval()
-        predictor = Predictor(model, self._tokenizer, spec, max_length=MAX_LENGTH)
+        predictor = Predictor(model, self._tokenizer, spec, max_length=like.max_length)
         inputs = [{"text": text} for text in self.texts.make(GOLDEN_TOKENS, golden, seed=seed)]
         logits = predictor.logits(inputs) if inputs else []
         save_artifact(
@@ -102,9 +136,9 @@ class Prompts:
             head=HeadConfig(reads=self.backbone.spec.reads),
             backbone=self.backbone.spec.to_mapping(),
             tokenizer_digest=self.location.tokenizer_digest(),
-            encoding={"max_length": MAX_LENGTH},
+            encoding={"max_length": like.max_length},
             decoding={},
-            training={**self.config.to_mapping(), "study": None, "trial": None},
+            training={**TrainConfig(prompt=config).to_mapping(), "study": None, "trial": None},
             provenance={},
             metrics={},
             golden=[
@@ -126,12 +160,13 @@ class Prompts:
         )
 
 
-def task_of(name: str) -> TaskSpec:
-    """Return a task that gives a text one of a few labels."""
-    fields = {"text": "text", "label": "label"}
-    return TaskSpec(
-        name=name, kind="classification", labels=LABELS, fields=fields, metric="accuracy"
-    )
+def task_of(name: str, kind: Kind = "classification") -> TaskSpec:
+    """Return a task that gives a text, or each of its words, one of a few labels."""
+    if kind == "tagging":
+        labels, fields = TAGS, {"tokens": "tokens", "tags": "tags"}
+    else:
+        labels, fields = LABELS, {"text": "text", "label": "label"}
+    return TaskSpec(name=name, kind=kind, labels=labels, fields=fields, metric=METRICS[kind])
 
 
 def names(count: int) -> list[str]:
@@ -150,10 +185,10 @@ class LocalRegistry:
         self.uri = f"sqlite:///{root}/mlflow.db"
         self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
-    def add(self, prompts: Prompts, task: str, *, seed: int) -> int:
+    def add(self, prompts: Prompts, task: str, *, seed: int, like: Like | None = None) -> int:
         """Register another version of a task, the first as its champion; returns its number."""
         source = self.root / "versions" / f"{task}-{seed}"
-        folder = prompts.save(source / PROMPT_PATH, task, seed=seed)
+        folder = prompts.save(source / PROMPT_PATH, task, seed=seed, like=like)
         if not self.client.search_registered_models(filter_string=f"name = '{task}'"):
             self.client.create_registered_model(task)
         version = self.client.create_model_version(

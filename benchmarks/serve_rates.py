@@ -46,6 +46,15 @@ class Rows:
     ids: IdsArray
     slots: Sequence[int]
 
+    def first(self, count: int) -> "Rows":
+        """Return the first so many requests."""
+        return Rows(
+            tokens=self.tokens,
+            splits=self.splits[:count],
+            ids=self.ids[:count],
+            slots=self.slots[:count],
+        )
+
     def only(self, slot: int) -> "Rows":
         """Return the same texts, all asked of one prompt."""
         return Rows(
@@ -188,12 +197,7 @@ def differences(
     served: Served, ways: Sequence[Way], rows: Rows, *, requests: int
 ) -> dict[str, float]:
     """Return how far each way's logits are from ours at most, as a share of the largest."""
-    few = Rows(
-        tokens=rows.tokens,
-        splits=rows.splits[:requests],
-        ids=rows.ids[:requests],
-        slots=rows.slots[:requests],
-    )
+    few = rows.first(requests)
     ours = np.stack(served.ask(few, requests)[2])
     found = {}
     for way in ways:
@@ -214,20 +218,16 @@ def compare(
         ways: The peers.
         rows: Requests of many tasks.
         clients: That ask.
-        rounds: After one to warm up.
+        rounds: After a short one to warm up.
         peer_rows: Of the requests, how many a peer answers in a round: it takes longer.
     """
-    short = Rows(
-        tokens=rows.tokens,
-        splits=rows.splits[:peer_rows],
-        ids=rows.ids[:peer_rows],
-        slots=rows.slots[:peer_rows],
-    )
     found: dict[str, Measured] = {}
     for round_number in range(rounds + 1):
+        ours = rows if round_number else rows.first(WARM_UP)
+        short = ours.first(peer_rows)
         results = {
-            MIXED: served.ask(rows, clients)[:2],
-            ONE_TASK: served.ask(rows.only(rows.slots[0]), clients)[:2],
+            MIXED: served.ask(ours, clients)[:2],
+            ONE_TASK: served.ask(ours.only(rows.slots[0]), clients)[:2],
         }
         for way in ways:
             results[way.key] = one_by_one(way, short, clients)

@@ -21,7 +21,8 @@ OURS = "mixed"
 
 def drawn(figures: Mapping[str, Any]) -> Group:
     """Return what a person reads."""
-    return Group(*(_throughput(figures, table) for table in figures["tables"]), _rest(figures))
+    tables = [_throughput(figures, table) for table in figures["tables"]]
+    return Group(*tables, _rest(figures), *_shortened(figures))
 
 
 def _throughput(figures: Mapping[str, Any], table: Mapping[str, Any]) -> Table:
@@ -90,3 +91,12 @@ def _rest(figures: Mapping[str, Any]) -> Table:
         f"{costs['token_s'] * 1e6:.1f} us a token",
     )
     return found
+
+
+def _shortened(figures: Mapping[str, Any]) -> list[str]:
+    """Say what there was no time for; figures of before the budget have no such list."""
+    parts = figures.get("shortened", {})
+    if not parts:
+        return []
+    shares = "; ".join(f"{name}: {share:.0%}" for name, share in parts.items())
+    return [f"Shortened, to end within {figures['plan']['seconds'] / 60:g} minutes: {shares}"]

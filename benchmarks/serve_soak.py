@@ -1,18 +1,20 @@
 """`python -m benchmarks.serve_soak`: a real server for minutes at 80 % load, then its ends.
 
 `ptv2 serve` runs in a process of its own, with the registry watched and an alias moved every ten
-seconds between versions that stay warm. First clients that ask again at once show what it can do;
-then requests arrive at random times at 80 % of that, with at most 512 under way: where the machine
-is too busy for the rate, later ones wait at the client, and their latency counts from when they
-were due. The memory of all its processes is read every ten seconds. At the end it gets SIGTERM
-while clients ask; then another server is killed with SIGKILL and started again with the registry
-away.
+seconds: in turn to a version that stayed warm, and to one that must be loaded. Every answer must
+name the latest version of its task, or the one before until the move is followed. First clients
+that ask again at once show what it can do; then requests arrive at random times at 80 % of that,
+with at most 512 under way: where the machine is too busy for the rate, later ones wait at the
+client, and their latency counts from when they were due. The memory of all its processes is read
+every ten seconds. At the end it gets SIGTERM while clients ask; then another server is killed with
+SIGKILL and started again with the registry away.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import tempfile
 import time
@@ -37,8 +39,12 @@ from benchmarks.serve_parts import (
     run_on_loop,
 )
 from ptv2_core.files import write_json_atomic
+from ptv2_serving.run import spare_what_is_loaded
 
 TASKS, MOVED, TOKENS = 50, 10, 16
+# of the tasks that move, in turn: going to and fro between two versions loads nothing, since one of
+# them stays warm; of three it is always the next one that is not there
+VERSIONS = (2, 3)
 PROMPT_LENGTH = 64
 CLIENTS, CONNECTIONS = 64, 512
 SHARE = 0.8
@@ -46,6 +52,54 @@ CAPACITY_S, WARM_UP_S, LOOK_S, SWAP_S, ASK_S = 15.0, 10.0, 10.0, 10.0, 2.0
 TO_MB = 1e-6
 # nothing listens on the port for discarding
 NOBODY = "http://127.0.0.1:9"
+
+
+class Champions:
+    """Which version should answer each task, and whether it does.
+
+    Attributes:
+        warm: Moves to a version that is loaded.
+        loaded: Moves to one that is not.
+        wrong: Answers of a version that is neither the latest nor the one before.
+        slowest_s: The longest after a move that a request began which the older version answered.
+    """
+
+    def __init__(self) -> None:
+        """Begin with the first version of each task."""
+        self.warm = self.loaded = self.wrong = 0
+        self.slowest_s = 0.0
+        # task -> latest version, the one before, when it moved
+        self._moved: dict[str, tuple[int, int, float]] = {}
+
+    def move(self, number: int) -> tuple[str, int]:
+        """Return task and version of the next move."""
+        place = number % MOVED
+        task, count = f"task-{place:04}", VERSIONS[place % len(VERSIONS)]
+        before = self._moved.get(task, (1, 1, 0.0))[0]
+        latest = before % count + 1
+        # of three versions the one before the last move stays warm, which is not the next one
+        if count == 2 and task in self._moved:
+            self.warm += 1
+        else:
+            self.loaded += 1
+        self._moved[task] = (latest, before, time.perf_counter())
+        return task, latest
+
+    def check(self, task: str, version: int, began: float) -> None:
+        """Look at who answered a request that began at a time."""
+        latest, before, moved = self._moved.get(task, (1, 1, 0.0))
+        if version not in (latest, before):
+            self.wrong += 1
+        elif version != latest:
+            self.slowest_s = max(self.slowest_s, began - moved)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the figures as the JSON has them."""
+        return {
+            "swaps": {"to_a_warm_version": self.warm, "to_one_that_is_loaded": self.loaded},
+            "wrong_versions": self.wrong,
+            "slowest_to_follow_s": self.slowest_s,
+        }
 
 
 class Asked:
@@ -57,6 +111,7 @@ class Asked:
         self.texts = texts
         self.latencies_s: list[float] = []
         self.errors: Counter[str] = Counter()
+        self.champions = Champions()
         self._idle: list[Connection] = []
         self._draw = np.random.default_rng(0)
         self._number = 0
@@ -72,11 +127,13 @@ class Asked:
         try:
             async with self._room:
                 connection = self._idle.pop() if self._idle else self.server.connection()
-                await connection.predict(task, text, f"soak-{self._number}")
+                sent = time.perf_counter()
+                version, _ = await connection.predict(task, text, f"soak-{self._number}")
         except HttpError as error:
             self.errors[str(error)[:60]] += 1
             connection.close()
             return
+        self.champions.check(task, version, sent)
         self._idle.append(connection)
         self.latencies_s.append(time.perf_counter() - began)
 
@@ -116,6 +173,7 @@ async def over_http(
 ) -> dict[str, Any]:
     """Return what a server does with as many requests as clients send, and what they cost it."""
     asked = Asked(server, texts)
+    spare_what_is_loaded()
     await asked.closed_loop(seconds / 3)
     asked.latencies_s.clear()
     engines = [pid for pid in server.pids() if pid != server.process.pid]
@@ -141,6 +199,7 @@ async def soak(
 ) -> dict[str, Any]:
     """Load a server and watch its memory."""
     asked = Asked(server, texts)
+    spare_what_is_loaded()
     await asked.closed_loop(WARM_UP_S)
     capacity = await asked.closed_loop(CAPACITY_S)
     asked.latencies_s.clear()
@@ -164,7 +223,7 @@ async def soak(
     async def swap() -> None:
         for number in range(10**9):
             await asyncio.sleep(SWAP_S)
-            task, version = f"task-{number % MOVED:04}", 1 + (number // MOVED + 1) % 2
+            task, version = asked.champions.move(number)
             await asyncio.to_thread(registry.move, task, version)
 
     beside = [asyncio.create_task(watch()), asyncio.create_task(swap())]
@@ -173,7 +232,10 @@ async def soak(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-    _, status = await server.connection().ask("/v1/status")
+    connection = server.connection()
+    _, status = await connection.ask("/v1/status")
+    _, metrics = await connection.exchange("/metrics")
+    connection.close()
     asked.close()
     return {
         "minutes": minutes,
@@ -181,12 +243,22 @@ async def soak(
         "rate_per_s": rate,
         "requests": len(asked.latencies_s),
         "errors": dict(asked.errors),
+        **asked.champions.to_mapping(),
         "p50_ms": percentile_ms(asked.latencies_s, 50),
         "p99_ms": percentile_ms(asked.latencies_s, 99),
+        "loop_lag": loop_lag(metrics.decode()),
         "memory": growth([(look["second"], look["pss"]) for look in looks]),
         "looks": looks,
         "status": status,
     }
+
+
+def loop_lag(metrics: str) -> dict[str, float]:
+    """Return how often the server's event loop was later than so many seconds, and the looks."""
+    found = re.findall(r'^ptv2_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)$', metrics, re.M)
+    counts = {edge: float(count) for edge, count in found}
+    looks = counts.pop("+Inf")
+    return {"looks": looks, **{f"over_{edge}_s": looks - count for edge, count in counts.items()}}
 
 
 def growth(looks: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -206,7 +278,9 @@ def growth(looks: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-async def ended_by_sigterm(server: ServerProcess, texts: Sequence[str]) -> dict[str, Any]:
+async def ended_by_sigterm(
+    server: ServerProcess, texts: Sequence[str], *, tasks: int = TASKS
+) -> dict[str, Any]:
     """Send SIGTERM while clients ask; count what became of the requests.
 
     A request that was sent before the signal must be answered. One that is sent later is answered
@@ -223,7 +297,7 @@ async def ended_by_sigterm(server: ServerProcess, texts: Sequence[str]) -> dict[
             body = {"inputs": [{"text": texts[number % len(texts)]}]}
             try:
                 status, _ = await connection.ask(
-                    f"/v1/tasks/task-{number % TASKS:04}/predict", body
+                    f"/v1/tasks/task-{number % tasks:04}/predict", body
                 )
             except ConnectionRefusedError:
                 found["refused"] += 1
@@ -253,7 +327,7 @@ def killed_and_started_again(
         first_s, pids = server.ready_s, server.pids()
         server.end(signal.SIGKILL)
         time.sleep(1.0)
-        left = [pid for pid in pids if _is_alive(pid)]
+        left = [pid for pid in pids if is_alive(pid)]
     with running(registry, store, tracking_uri=NOBODY) as server:
 
         async def answered() -> int:
@@ -273,7 +347,7 @@ def killed_and_started_again(
         }
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Tell whether a process runs; one that has ended may still wait for its parent to look."""
     try:
         rest = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2]
@@ -297,7 +371,10 @@ def main(words: Sequence[str] | None = None) -> None:
         root = Path(name)
         registry = LocalRegistry(root)
         prompts = Prompts(Path(get_model_path()), prompt_length=PROMPT_LENGTH)
-        versions = {task: 2 if place < MOVED else 1 for place, task in enumerate(names(TASKS))}
+        versions = {
+            task: VERSIONS[place % len(VERSIONS)] if place < MOVED else 1
+            for place, task in enumerate(names(TASKS))
+        }
         register_versions(registry, prompts, versions)
         texts = prompts.texts.make(TOKENS, 64, seed=0)
         with running(registry, root / "store", watch_s=2.0) as server:

@@ -68,8 +68,8 @@ def plans(*, quick: bool) -> list[Plan]:
     Args:
         quick: Few rows, trials and epochs. The grid is that of the released script all the same.
     """
-    slots: dict[str, int] = {"train": 400, "dev": 250} if quick else {"train": 1500}
-    pairs: dict[str, int] = {"train": 200, "dev": 250} if quick else {"train": 1200}
+    slots: dict[str, int] = {"train": 1000, "dev": 250} if quick else {"train": 1500}
+    pairs: dict[str, int] = {"train": 100, "dev": 150} if quick else {"train": 1200}
     return [
         Plan(
             task=task,

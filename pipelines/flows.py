@@ -36,8 +36,6 @@ StageState = Literal["ran", "cached", "unchanged", "failed", "skipped"]
 
 RETRY_DELAYS_S = (2.0, 5.0, 15.0, 30.0)
 ARTIFACT_KEY = "ptv2-results"
-# `prefect concurrency-limit create gpu N`: N of these stages at once, over all runs of a server
-GPU_TAG = "gpu"
 GPU_STAGES = ("search", "train", "evaluate")
 
 
@@ -268,11 +266,12 @@ def _submit(
     upstream: list[PrefectFuture[Any]],
 ) -> PrefectFuture[Any]:
     """Start one stage as a task run named after it."""
+    is_on_gpu = node.stage in GPU_STAGES
 
     @prefect.task(
         name=node.stage,
         task_run_name=node.address,
-        tags=[node.task, node.stage, *([GPU_TAG] if node.stage in GPU_STAGES else [])],
+        tags=[node.task, node.stage, *([prefect_session.GPU_TAG] if is_on_gpu else [])],
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=retries,

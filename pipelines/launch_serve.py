@@ -13,6 +13,8 @@ from rich.text import Text
 
 from pipelines.console import progress
 from pipelines.threads import available_cores, limit_threads, threads_by_user
+from ptv2_core.config import Device
+from ptv2_core.errors import ConfigError
 from ptv2_serving.answering import TaskStatus
 from ptv2_serving.http.auth import read_tokens
 from ptv2_serving.http.config import ServeConfig
@@ -65,9 +67,7 @@ def run(
     from ptv2_serving.opening import ServiceConfig
 
     limit_threads(available_cores())
-    # A core is left to HTTP, tokenizers and answers. Two processes of one thread do more than one
-    # of two threads, which wait for each other at every small product.
-    engines = service.get("engines") or max(1, available_cores() - 1)
+    engines = _engines(service.get("engines"), service.get("device") or "auto")
     chosen = ServiceConfig(
         threads=threads_by_user() or 1,
         tasks=tuple(dict.fromkeys(tasks)),
@@ -82,6 +82,34 @@ def run(
         except asyncio.CancelledError:
             # SIGTERM while it was loading
             raise KeyboardInterrupt from None
+
+
+def _engines(wanted: int | None, device: Device) -> int:
+    """Return how many processes compute.
+
+    Raises:
+        BackboneError: The device is not on this machine.
+        ConfigError: Several are wanted where one alone can be.
+    """
+    from ptv2_core.model.backbones.loading import choose_device
+
+    found = choose_device(device).type
+    if found == "cpu":
+        # A core is left to HTTP, tokenizers and answers. Two processes of one thread do more than
+        # one of two threads, which wait for each other at every small product.
+        return wanted or max(1, available_cores() - 1)
+    if wanted is not None and wanted > 1:
+        raise ConfigError(
+            [
+                (
+                    "engines",
+                    f"expected 1 on {found}, got {wanted}: a process that uses {found} cannot be "
+                    "forked. Leave --engines out, and with several cards start one server a card, "
+                    "each with a CUDA_VISIBLE_DEVICES and a --port of its own, behind a balancer",
+                )
+            ]
+        )
+    return 1
 
 
 async def _serve(config: ServeConfig, chosen: "ServiceConfig", console: Console) -> None:

@@ -15,6 +15,8 @@ from pipelines.local_servers import free_port, wait_until_healthy
 from pipelines.settings import child_environment
 
 HOME = Path(".ptv2") / "prefect"
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
+"""Keeps who holds a slot of a limit, and until when, under PREFECT_HOME."""
 
 
 @contextmanager
@@ -74,6 +76,8 @@ def server_environment(home: Path, *, schedules: bool) -> dict[str, str]:
             # its own services must not talk to the server that a user has elsewhere
             "PREFECT_API_URL": "",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # in memory, a restart would end runs that hold a slot, or leave their slots taken
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE,
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": switch,
             "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": switch,
             "DO_NOT_TRACK": "1",

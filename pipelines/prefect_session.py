@@ -17,6 +17,8 @@ from pipelines.prefect_server import temporary_server
 
 DRAIN_TIMEOUT_S = 30.0
 TAG = "ptv2"
+GPU_TAG = "gpu"
+"""`prefect concurrency-limit create gpu N`: N task runs with it at once, over all of a server."""
 
 
 @contextmanager

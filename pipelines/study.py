@@ -13,14 +13,13 @@ from optuna.trial import FrozenTrial, TrialState
 from pipelines.errors import PipelineError
 from pipelines.paths import alone
 from pipelines.schema import SearchSettings, SearchSpace, nested
+from pipelines.study_pruners import INTERRUPTED, RETRY_OF, new_pruner
 from pipelines.tables import csv_text
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import ConfigError, TrainingError
 from ptv2_core.files import write_text_atomic
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-INTERRUPTED = "interrupted"
-RETRY_OF = "retry_of"
 STARTUP_TRIALS = 3
 """Drawn by chance before the sampler learns; few, since a short search has no more to give."""
 
@@ -367,20 +366,6 @@ def new_sampler(search_seed: int, begun: int) -> optuna.samplers.TPESampler:
         constant_liar=True,
         n_startup_trials=STARTUP_TRIALS,
     )
-
-
-def new_pruner(search: SearchSettings) -> optuna.pruners.BasePruner:
-    """Return what gives trials up early, none before its grace is over."""
-    first = max(1, search.grace_epochs)
-    if search.pruner == "none":
-        return optuna.pruners.NopPruner()
-    if search.pruner == "successive_halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)
-    if search.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(
-            min_resource=first, max_resource=max(first, search.epochs), reduction_factor=2
-        )
-    return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
 
 
 def _trial(frozen: FrozenTrial) -> Trial:

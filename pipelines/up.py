@@ -184,6 +184,9 @@ def _optuna(settings: Settings, root: Path, port: int) -> tuple[list[Service], l
     if storage is None and not (root / SWEEPS).is_file():
         where = f"{SWEEPS} is not there yet"
         return [], [f"no Optuna Dashboard: {where}; run `ptv2 sweep`, then this command again"]
+    if storage is not None and storage.startswith("grpc://"):
+        where = "start it where the database itself is"
+        return [], [f"no Optuna Dashboard: it cannot ask {storage}; {where}"]
     url = with_driver(storage) if storage else f"sqlite:///{root / SWEEPS}"
     # not on the command line, likewise
     file = root / FOLDER / "optuna-dashboard.toml"
@@ -267,6 +270,9 @@ def _advice(settings: Settings, ports: Ports) -> list[str]:
         *elsewhere,
         "runs and sweeps of another shell appear here after",
         f"  export PREFECT_API_URL={prefect_server.api_url(ports.prefect)}",
-        "schedules: prefect --no-prompt deploy --all; prefect worker start --pool ptv2",
+        "schedules:",
+        "  prefect work-pool create ptv2 --type process",
+        "  prefect --no-prompt deploy --all",
+        "  prefect worker start --pool ptv2 --type process",
         "Ctrl-C stops all of it",
     ]

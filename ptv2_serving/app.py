@@ -39,7 +39,8 @@ def make_app(service: Service, config: ServeConfig, *, log: TextIO | None = None
         log: Where a line for each request goes; None: standard error.
 
     Returns:
-        The app; its `state.traffic` says what goes on, and `state.traffic.draining` ends it.
+        The app; its `state.traffic` says what goes on, and `state.traffic.draining` ends it;
+        `state.metrics` counts.
     """
     app = FastAPI(
         title="ptv2",
@@ -56,6 +57,7 @@ def make_app(service: Service, config: ServeConfig, *, log: TextIO | None = None
     asking = Asking(service=service, config=config, traffic=traffic, catalogue=Catalogue(service))
     app.add_middleware(Gate, config=config, traffic=traffic, metrics=metrics, log=RequestLog(log))
     app.state.traffic = traffic
+    app.state.metrics = metrics
     _add_tasks(app, Tasks(asking), config)
     _add_protocol(app, Protocol(asking), config)
     _add_operations(app, Operations(service, traffic, metrics))

@@ -1,5 +1,8 @@
 """The one backbone of a server, in fp32: what golden inputs are checked on, and tokenizers.
 
+There are two of each tokenizer. One keeps settings inside that two threads would change under each
+other, and golden inputs are read on another thread than requests.
+
 Golden logits were computed in fp32, and only fp32 can repeat them closely; what answers may run in
 another format.
 """
@@ -12,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptv2_core.artifact import Manifest
 from ptv2_core.errors import ArtifactError, BackboneError
+from ptv2_core.evaluation.codec import Codec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
@@ -33,7 +37,9 @@ class Verifier:
         self._named: Mapping[str, Any] = {}
         self._location: Location | None = None
         self._backbone: Backbone | None = None
-        self._tokenizers: dict[bool, PreTrainedTokenizerBase] = {}
+        self._is_settled = False
+        self._verifying: dict[bool, PreTrainedTokenizerBase] = {}
+        self._serving: dict[bool, PreTrainedTokenizerBase] = {}
 
     @property
     def is_open(self) -> bool:
@@ -52,18 +58,19 @@ class Verifier:
         assert self._backbone is not None, "the first prompt says which backbone it is"
         return self._backbone
 
-    def verify(self, folder: Path, manifest: Manifest) -> None:
-        """Check a prompt against the backbone, and run its golden inputs.
-
-        Raises:
-            ArtifactError: It is for another backbone or tokenizer, of a method that cannot share
-                its backbone, or its golden inputs have other logits here.
-            BackboneError: The backbone is not on this machine, or is another one.
-        """
-        self.predictor(folder, manifest).verify_golden()
+    def settle(self) -> None:
+        """Keep the backbone as it is: the engine has loaded the same, and cannot add to it."""
+        self._is_settled = True
 
     def predictor(self, folder: Path, manifest: Manifest) -> Predictor:
-        """Return a prompt on the fp32 backbone; errors as for `verify`, golden inputs apart."""
+        """Return a prompt on the fp32 backbone, to compute its golden inputs.
+
+        Raises:
+            ArtifactError: It is for another backbone or tokenizer, or of a method that cannot share
+                its backbone.
+            BackboneError: The backbone is not on this machine, or is another one, or was loaded
+                without what the prompt needs.
+        """
         name = manifest.task.name
         if manifest.method == "finetune":
             raise ArtifactError(
@@ -84,10 +91,27 @@ class Verifier:
                 f"{name}: expected tokenizer {manifest.tokenizer_digest}, got {tokens} in "
                 f"{self.location.folder}; use the backbone's own tokenizer files"
             )
+        tokenizer = self._tokenizer(manifest, self._verifying)
+        return Predictor.of(folder, manifest, self.backbone, tokenizer)
+
+    def codec(self, predictor: Predictor, manifest: Manifest) -> Codec:
+        """Return what reads and answers requests for a prompt, with a tokenizer of its own."""
+        return Codec(
+            self._tokenizer(manifest, self._serving),
+            manifest.task,
+            max_length=predictor.codec.max_length,
+            stride=manifest.encoding.get("stride", 0),
+            decoding=manifest.decoding,
+            token_types=manifest.encoding.get("token_types", True),
+        )
+
+    def _tokenizer(
+        self, manifest: Manifest, known: dict[bool, PreTrainedTokenizerBase]
+    ) -> PreTrainedTokenizerBase:
         words = manifest.task.form == "tokens"
-        if words not in self._tokenizers:
-            self._tokenizers[words] = load_tokenizer(self.location, words=words)
-        return Predictor.of(folder, manifest, self.backbone, self._tokenizers[words])
+        if words not in known:
+            known[words] = load_tokenizer(self.location, words=words)
+        return known[words]
 
     def _open(self, manifest: Manifest) -> None:
         """Load the backbone, once; again where the first head to read the mask token comes."""
@@ -96,6 +120,12 @@ class Verifier:
             self._named = manifest.backbone
         elif not reads_mask or self._backbone.language_model is not None:
             return
+        elif self._is_settled:
+            raise BackboneError(
+                f"{manifest.task.name}: expected a prompt without a verbalizer, since no prompt "
+                "with one was there when the server started and its engine loaded the backbone "
+                "without its language model, got one. Restart the server to serve it."
+            )
         name = self._name or self._named["name"]
         revision = None if self._name else self._named.get("revision")
         self._location = locate(name, revision)

@@ -4,24 +4,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from ptv2_core.errors import ArtifactError, PTv2Error
-from ptv2_serving.answering import Role
-from ptv2_serving.asking import Asker
+from ptv2_serving.admitting import Admitter
+from ptv2_serving.answering import PromptId, Role
+from ptv2_serving.engine.engine import Engine
 from ptv2_serving.guard import Record
 from ptv2_serving.loading import Loader
 from ptv2_serving.routes import Resident, Route
 from ptv2_serving.routing import ResolvedVersion, Routing
 from ptv2_serving.tracking import StoreError
+from ptv2_serving.wishes import is_broken
 
 LOG = logging.getLogger(__name__)
 # before what could not be loaded is tried again, unless the registry wishes something else
 RETRY_AFTER_S = 60.0
-
-Result = TypeVar("Result")
 
 
 class Wishes(Protocol):
@@ -52,13 +51,14 @@ class Follower:
     Attributes:
         routes: What is loaded, by task.
         swaps: Times that a champion moved and its prompt was swapped in.
-        last_swap_s: From the moved alias seen to the end of the last swap; None: none yet.
+        last_swap_s: From the look that saw the moved alias to the end of the last swap, other
+            tasks' swaps in between included; None: none yet.
         answered_at: When the registry last answered, by the monotonic clock.
     """
 
     def __init__(
         self,
-        asker: Asker,
+        engine: Engine,
         loader: Loader,
         wishes: Wishes,
         *,
@@ -70,9 +70,10 @@ class Follower:
         self.swaps = 0
         self.last_swap_s: float | None = None
         self.answered_at = time.monotonic()
-        self._asker = asker
-        self._engine = asker.engine
+        self._engine = engine
         self._loader = loader
+        self._admitter = Admitter(engine, loader)
+        self._in_loader = self._admitter.in_loader
         self._wishes = wishes
         self._tasks = tuple(tasks) if tasks else None
         self._warm = warm
@@ -87,7 +88,6 @@ class Follower:
         self._rejected: dict[str, int] = {}
         self._is_away = False
         self._lock = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ptv2-load")
         self._telling: set[asyncio.Task[None]] = set()
 
     def problems(self) -> dict[str, str]:
@@ -115,7 +115,9 @@ class Follower:
         """
         async with self._lock:
             try:
-                routings = await self._in_loader(lambda: self._wishes.routings(self._tasks))
+                routings = await self._admitter.in_loader(
+                    lambda: self._wishes.routings(self._tasks)
+                )
             except StoreError as error:
                 is_news = not self._is_away
                 self._is_away = True
@@ -123,33 +125,60 @@ class Follower:
             self._is_away = False
             self.answered_at = time.monotonic()
             self._left_out = dict(self._wishes.problems)
-            return await self.adopt(routings)
+            return await self.adopt(routings, seen_at=self.answered_at)
 
     async def adopt(
-        self, routings: Mapping[str, Routing], *, told: Callable[[str], None] | None = None
+        self,
+        routings: Mapping[str, Routing],
+        *,
+        known: Mapping[str, Routing] | None = None,
+        seen_at: float | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Make routings true, task by task; one that fails leaves what the task had.
 
         Args:
             routings: By task; a task that is served and not among them is served as it was.
+            known: What was served last, by task: taken where the task has nothing else.
+            seen_at: When the registry said so, by the monotonic clock; None: now.
             told: Is given the name of each task that is done.
         """
         lines = []
+        seen_at = time.monotonic() if seen_at is None else seen_at
         for task, routing in routings.items():
             if self._is_due(task, routing):
-                lines += await self._try(task, routing)
+                lines += await self._try(task, routing, seen_at)
+            earlier = (known or {}).get(task)
+            if task not in self.routes and earlier is not None and earlier != routing:
+                lines += await self._fall_back(task, earlier, seen_at)
             if told is not None:
                 told(task)
         if lines:
-            good = {task: self._routings[task] for task in self.routes if task in self._routings}
-            folders = {
-                resident.folder for route in self.routes.values() for resident in route.residents()
-            }
-            try:
-                await self._in_loader(lambda: self._loader.remember(good, folders))
-            except PTv2Error as error:
-                lines.append(f"what is served could not be remembered: {error}")
+            lines += await self._remember()
         return lines
+
+    async def _fall_back(self, task: str, routing: Routing, seen_at: float) -> list[str]:
+        """Serve what was served last; what is wrong with the wish stays known, and is retried."""
+        problem, failed = self._problems.get(task), self._failed.get(task)
+        lines = await self._try(task, routing, seen_at)
+        if task in self.routes and problem is not None and failed is not None:
+            self._failed[task] = failed
+            self._problems[task] = f"version {routing.champion}, served last, answers: {problem}"
+        return lines
+
+    async def _remember(self) -> list[str]:
+        """Keep what is served as the last known to be good; return what is wrong with that."""
+        good = {task: self._routings[task] for task in self.routes if task in self._routings}
+        broken = {task for task, why in self._wishes.problems.items() if is_broken(why)}
+        failed = (broken | self._failed.keys()) - good.keys()
+        folders = {
+            resident.folder for route in self.routes.values() for resident in route.residents()
+        }
+        try:
+            await self._in_loader(lambda: self._loader.remember(good, folders, failed=failed))
+        except PTv2Error as error:
+            return [f"what is served could not be remembered: {error}"]
+        return []
 
     def _is_due(self, task: str, routing: Routing) -> bool:
         """Tell whether a routing is new, or could not be followed some time ago."""
@@ -158,16 +187,18 @@ class Follower:
         failed, at = self._failed[task]
         return routing != failed or time.monotonic() - at > RETRY_AFTER_S
 
-    async def _try(self, task: str, routing: Routing) -> list[str]:
+    async def _try(self, task: str, routing: Routing, seen_at: float) -> list[str]:
         """Follow a routing; what is wrong with it is kept, and told once."""
         try:
-            lines = await self._follow(task, routing, time.monotonic())
-        except PTv2Error as error:
-            is_known = self._problems.get(task) == str(error)
-            self._problems[task] = str(error)
+            lines = await self._follow(task, routing, seen_at)
+        except Exception as error:
+            # whatever one task's prompt does, the others are followed
+            problem = _words(error)
+            is_known = self._problems.get(task) == problem
+            self._problems[task] = problem
             self._failed[task] = (routing, time.monotonic())
             self._wishes.forget(task)
-            return [] if is_known else [f"{task}: {error}"]
+            return [] if is_known else [f"{task}: {problem}"]
         self._problems.pop(task, None)
         self._failed.pop(task, None)
         self._routings[task] = routing
@@ -180,21 +211,33 @@ class Follower:
         if routing.canary != self._rejected.get(task):
             self._rejected.pop(task, None)
         self._beside_problems.pop(task, None)
-        before = self.routes.get(task)
-        loaded: dict[int, Resident] = {}
-        champion = await self._resident(before, routing.versions[routing.champion], loaded)
-        canary = await self._beside(before, routing, "canary", loaded)
-        shadow = await self._beside(before, routing, "shadow", loaded)
-        after = Route(
-            champion=champion,
-            canary=canary,
-            canary_share=routing.canary_share if canary else 0.0,
-            shadow=shadow,
-            warm=self._kept_warm(before, loaded),
-        )
-        if before and before.canary and canary and before.canary.id == canary.id:
-            after = replace(after, records=before.records)
-        self._swap(task, before, after)
+        fresh: dict[int, Resident] = {}
+        kept: set[int] = set()
+        try:
+            while True:
+                before = self.routes.get(task)
+                champion = await self._resident(before, routing.versions[routing.champion], fresh)
+                canary = await self._beside(before, routing, "canary", fresh)
+                shadow = await self._beside(before, routing, "shadow", fresh)
+                if self.routes.get(task) is before:
+                    break
+                # a canary was taken back meanwhile, and with it what was found in that route
+            named = {resident.id for resident in (champion, canary, shadow) if resident}
+            after = Route(
+                champion=champion,
+                canary=canary,
+                canary_share=routing.canary_share if canary else 0.0,
+                shadow=shadow,
+                warm=self._kept_warm(before, named),
+            )
+            if before and before.canary and canary and before.canary.id == canary.id:
+                after = replace(after, records=before.records)
+            self._swap(task, before, after)
+            kept = {resident.slot for resident in after.residents()}
+        finally:
+            for resident in fresh.values():
+                if resident.slot not in kept:
+                    self._engine.drop(resident.slot)
         if before is not None and champion.id != before.champion.id:
             self.swaps += 1
             self.last_swap_s = time.monotonic() - seen_at
@@ -205,7 +248,7 @@ class Follower:
         before: Route | None,
         routing: Routing,
         role: Literal["canary", "shadow"],
-        loaded: dict[int, Resident],
+        fresh: dict[int, Resident],
     ) -> Resident | None:
         """Return a canary or shadow; what is wrong with one leaves the champion alone."""
         number = routing.canary if role == "canary" else routing.shadow
@@ -213,22 +256,24 @@ class Follower:
         if number is None or (role == "canary" and self._rejected.get(task) == number):
             return None
         try:
-            return await self._resident(before, routing.versions[number], loaded)
-        except PTv2Error as error:
-            self._beside_problems[task] = f"the {role}, version {number}, is not loaded: {error}"
+            return await self._resident(before, routing.versions[number], fresh)
+        except Exception as error:
+            # as in `_try`
+            problem = _words(error)
+            self._beside_problems[task] = f"the {role}, version {number}, is not loaded: {problem}"
             if role == "canary" and isinstance(error, ArtifactError):
                 self._rejected[task] = number
-                self._tell(task, number, str(error))
+                self._tell(task, number, problem)
             return None
 
     async def _resident(
-        self, before: Route | None, version: ResolvedVersion, loaded: dict[int, Resident]
+        self, before: Route | None, version: ResolvedVersion, fresh: dict[int, Resident]
     ) -> Resident:
-        """Return a version as it is loaded already, or load it."""
-        if version.version not in loaded:
-            found = self._find(before, version)
-            loaded[version.version] = found or await self._load(version)
-        return loaded[version.version]
+        """Return a version as it is loaded already, or load it, into `fresh`."""
+        found = fresh.get(version.version) or self._find(before, version)
+        if found is None:
+            found = fresh[version.version] = await self._admitter.admit(version)
+        return found
 
     def _find(self, route: Route | None, version: ResolvedVersion) -> Resident | None:
         """Return a version that is loaded for the task already."""
@@ -236,32 +281,11 @@ class Follower:
             return None
         return next((one for one in route.residents() if one.id == version.prompt), None)
 
-    async def _load(self, version: ResolvedVersion) -> Resident:
-        """Fetch, verify and load a version, and see that it answers as it should."""
-        prepared = await self._in_loader(lambda: self._loader.prepare(version))
-        slot = await self._engine.put(prepared.path, alone=prepared.alone)
-        resident = Resident(
-            id=version.prompt,
-            manifest=prepared.manifest,
-            codec=prepared.codec,
-            slot=slot,
-            folder=prepared.path.name,
-        )
-        try:
-            await self._asker.check_golden(resident)
-        except PTv2Error:
-            self._engine.drop(slot)
-            raise
-        return resident
-
-    def _kept_warm(
-        self, before: Route | None, loaded: Mapping[int, Resident]
-    ) -> tuple[Resident, ...]:
+    def _kept_warm(self, before: Route | None, named: set[PromptId]) -> tuple[Resident, ...]:
         """Return the earlier prompts that stay loaded, latest first."""
         if before is None:
             return ()
-        new = {resident.id for resident in loaded.values()}
-        earlier = [one for one in (before.champion, *before.warm) if one.id not in new]
+        earlier = [one for one in (before.champion, *before.warm) if one.id not in named]
         return tuple(earlier[: self._warm])
 
     def _swap(self, task: str, before: Route | None, after: Route) -> None:
@@ -293,19 +317,26 @@ class Follower:
 
     async def _tell_registry(self, task: str, version: int, reason: str) -> None:
         try:
-            await self._in_loader(lambda: self._wishes.stop_canary(task, reason, expect=version))
+            await self._admitter.in_loader(
+                lambda: self._wishes.stop_canary(task, reason, expect=version)
+            )
         except PTv2Error as error:
             # it stays taken back here; a registry that may only be read is no fault
             self._beside_problems[task] = f"the canary {version} was taken back here alone: {error}"
-
-    async def _in_loader(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def close(self) -> None:
         """Stop telling and loading."""
         for telling in list(self._telling):
             telling.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._admitter.close()
+
+
+def _words(error: Exception) -> str:
+    """Return an error in a user's words; one that has none goes into the log."""
+    if isinstance(error, PTv2Error):
+        return str(error)
+    LOG.error("a prompt could not be loaded", exc_info=error)
+    return f"it could not be loaded ({type(error).__name__}); the server's log says more"
 
 
 def _changes(task: str, before: Route | None, after: Route) -> list[str]:

@@ -14,9 +14,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 KEEP_S = 3600.0
 """How long after its last opening an object is kept that nothing names."""
+
+DOWNLOAD_S = 30.0
+"""For both files of a prompt: nothing else is fetched or looked at meanwhile."""
 
 MAX_ROUTES_BYTES = 2**26
 ROUTES_VERSION = 1
@@ -58,6 +61,53 @@ class Stored:
     path: Path
     manifest: Manifest
     downloaded: bool
+
+
+class Scratch:
+    """A new folder on the store's disk that is locked while its process lives."""
+
+    def __init__(self, incoming: Path) -> None:
+        """Make it in `incoming`."""
+        with _locked_folder(incoming, fcntl.LOCK_EX):
+            self.path = Path(tempfile.mkdtemp(dir=incoming))
+            self._descriptor: int | None = os.open(
+                self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove it, unless it was renamed; once is enough."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """A version's files, checked; whoever has them computes something with them, then commits.
+
+    Attributes:
+        version: Which.
+        path: The folder with the two files.
+        manifest: What it says about itself.
+        scratch: Holds a new download; None: it is in the store already.
+    """
+
+    version: ResolvedVersion
+    path: Path
+    manifest: Manifest
+    scratch: Scratch | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is in the store already, where only verified prompts are."""
+        return self.scratch is None
+
+    def close(self) -> None:
+        """Remove a download that was not committed."""
+        if self.scratch is not None:
+            self.scratch.close()
 
 
 class Objects:
@@ -118,30 +168,87 @@ class Objects:
                 the store stays.
             StoreError: The files cannot be had, or not be stored.
         """
+        staged = self.stage(version)
+        try:
+            if not staged.is_stored:
+                verify(staged.path, staged.manifest)
+            path = self.commit(staged)
+        finally:
+            staged.close()
+        return Stored(
+            prompt=version.prompt,
+            path=path,
+            manifest=staged.manifest,
+            downloaded=not staged.is_stored,
+        )
+
+    def stage(
+        self, version: ResolvedVersion, *, is_over: Callable[[], bool] = lambda: False
+    ) -> Staged:
+        """Return a version's files, downloaded if they are not here, whole and undamaged.
+
+        Args:
+            version: Which.
+            is_over: Asked now and then during a download, which ends once it says so.
+
+        Raises:
+            ArtifactError: The files are not the version's, no prompt, or not signed.
+            StoreError: The files cannot be had in time, or not be written.
+        """
         if self._public_key is not None:
             signing.check(version, self._public_key)
-        target = self._objects / version.manifest_sha256
-        found = self._open(target, version)
+        found = self._open(self._objects / version.manifest_sha256, version)
         if found is not None:
             return found
+        with self._writing(version):
+            scratch = Scratch(self._incoming)
+            try:
+                manifest = download(
+                    version, scratch.path, uri=self._uri, within_s=DOWNLOAD_S, is_over=is_over
+                )
+            except BaseException:
+                scratch.close()
+                raise
+        return Staged(version=version, path=scratch.path, manifest=manifest, scratch=scratch)
+
+    def commit(self, staged: Staged) -> Path:
+        """Rename a verified download into place; return its folder in the store.
+
+        Raises:
+            StoreError: It cannot be.
+        """
+        target = self._objects / staged.version.manifest_sha256
+        if not staged.is_stored:
+            with self._writing(staged.version):
+                self._put(staged.path, target, staged.version)
+        return target
+
+    def kept(self, staged: Staged) -> Staged:
+        """Return what was committed, as it lies in the store."""
+        target = self._objects / staged.version.manifest_sha256
+        return replace(staged, path=target, scratch=None)
+
+    @contextmanager
+    def _writing(self, version: ResolvedVersion) -> Iterator[None]:
         try:
-            with self._scratch() as folder:
-                manifest = download(version, folder, uri=self._uri)
-                verify(folder, manifest)
-                self._put(folder, target, version)
+            yield
         except OSError as error:
             raise StoreError(f"{version} cannot be stored in {self._folder}: {error}") from error
-        return Stored(prompt=version.prompt, path=target, manifest=manifest, downloaded=True)
 
-    def remember(self, routings: Mapping[str, Routing]) -> None:
+    def remember(self, routings: Mapping[str, Routing], *, failed: Collection[str] = ()) -> None:
         """Keep these as the last that were known to be good, through a power cut, too.
 
         Args:
             routings: By task; they take the place of all that were remembered.
+            failed: Tasks beside these of which what was remembered stays.
 
         Raises:
             StoreError: They cannot be written.
         """
+        if failed:
+            with suppress(ArtifactError):  # one that cannot be read is no more
+                known = self.last_known()
+                routings = {task: known[task] for task in failed if task in known} | {**routings}
         tasks = {task: routing.to_mapping() for task, routing in sorted(routings.items())}
         try:
             new = _digests(routings) - self._durable
@@ -195,12 +302,12 @@ class Objects:
             with _locked_folder(self._objects, fcntl.LOCK_EX), suppress(FileNotFoundError):
                 if time.time() - target.stat().st_mtime < KEEP_S:
                     continue
-                with self._scratch() as folder:
-                    target.rename(folder / target.name)
+                with closing(Scratch(self._incoming)) as aside:
+                    target.rename(aside.path / target.name)
                 removed += 1
         return removed
 
-    def _open(self, target: Path, version: ResolvedVersion) -> Stored | None:
+    def _open(self, target: Path, version: ResolvedVersion) -> Staged | None:
         """Return an object that is there and undamaged."""
         try:
             # `collect` looks at this time under the same lock
@@ -210,7 +317,7 @@ class Objects:
             check_numbers(target, manifest)
         except (ArtifactError, StoreError, OSError):
             return None
-        return Stored(prompt=version.prompt, path=target, manifest=manifest, downloaded=False)
+        return Staged(version=version, path=target, manifest=manifest)
 
     def _put(self, folder: Path, target: Path, version: ResolvedVersion) -> None:
         """Rename a verified download into place, unless another process was faster."""
@@ -219,8 +326,8 @@ class Objects:
                 with suppress(ArtifactError, StoreError, OSError):
                     check_files(target, version)
                     return
-                with self._scratch() as aside:
-                    target.rename(aside / "damaged")
+                with closing(Scratch(self._incoming)) as aside:
+                    target.rename(aside.path / "damaged")
             folder.rename(target)
             os.utime(target)
 
@@ -230,19 +337,6 @@ class Objects:
             for name in FILES:
                 fsync_path(target / name)
             fsync_path(target)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """Yield a folder on the same disk that is locked while its process lives."""
-        with _locked_folder(self._incoming, fcntl.LOCK_EX):
-            folder = Path(tempfile.mkdtemp(dir=self._incoming))
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            yield folder
-        finally:
-            os.close(descriptor)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _clean(self) -> None:
         """Remove what nobody holds any more."""

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptv2_core.config import Device, Precision
-from ptv2_core.errors import PTv2Error
+from ptv2_core.errors import ArtifactError, PTv2Error
 from ptv2_serving.answering import ServingError
 from ptv2_serving.backbone import Verifier
 from ptv2_serving.control import Registry
@@ -17,7 +18,8 @@ from ptv2_serving.objects import Objects
 from ptv2_serving.routing import Routing
 from ptv2_serving.service import PromptService
 from ptv2_serving.signing import read_public_key
-from ptv2_serving.tracking import StoreUnreachableError
+from ptv2_serving.tracking import StoreError
+from ptv2_serving.wishes import is_broken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,12 @@ async def open_service(
 ) -> tuple[PromptService, list[str]]:
     """Return a service that answers, and what a person should know about it, a line each.
 
-    A registry that does not answer is no reason to stay down: what was served last, and is in
-    the local store, is served again.
+    A registry that does not answer, or a champion that cannot be used, is no reason to stay down:
+    what was served last, and is in the local store, is served again.
 
     Raises:
         ServingError: There is nothing to serve, or the backbone cannot be loaded.
-        StoreError: The registry is away and nothing is known of it, or it refuses.
+        StoreError: The registry is away, or refuses, and nothing is known of it.
         ArtifactError: No prompt can be served, and why.
     """
     told = progress or Progress()
@@ -93,15 +95,21 @@ async def open_service(
     )
     registry = Registry(config.tracking_uri, config.root)
     told.step("asking the registry which versions answer", None)
-    routings, notes = _wished(config, registry, objects)
+    known, damage = _known(config, objects)
+    routings, notes = _wished(config, registry, known, damage)
     verifier = Verifier(config.backbone)
     loader = Loader(objects, verifier)
     told.step("fetching and verifying prompts", len(routings))
     loop = asyncio.get_running_loop()
-    problem = await loop.run_in_executor(None, _fetch_all, loader, routings, told)
+    try:
+        problem = await loop.run_in_executor(None, _fetch_all, loader, routings, known, told)
+    except BaseException:
+        loader.close()  # or its thread would download on
+        raise
     if not verifier.is_open:
         raise ServingError(f"no prompt can be served: {problem}")
     choice = _choose_backbone(config, verifier)
+    verifier.settle()
     engine = Engine(
         choice,
         EngineConfig(
@@ -117,7 +125,7 @@ async def open_service(
         told.step(f"loading {choice.name} in {config.engines} process(es)", None)
         await engine.start()
         told.step("loading prompts", len(routings))
-        lines = await service.adopt(routings, told=told.done)
+        lines = await service.adopt(routings, known=known, told=told.done)
         if not service.tasks():
             raise ServingError(f"no prompt can be served: {'; '.join(lines)}")
     except BaseException:
@@ -127,22 +135,36 @@ async def open_service(
     return service, [*notes, *problems]
 
 
+def _known(config: ServiceConfig, objects: Objects) -> tuple[dict[str, Routing], str]:
+    """Return what was served last of the tasks to serve, and why it cannot be read."""
+    try:
+        known = objects.last_known()
+    except ArtifactError as error:
+        return {}, str(error)
+    wanted = config.tasks or tuple(known)
+    return {task: known[task] for task in wanted if task in known}, ""
+
+
 def _wished(
-    config: ServiceConfig, registry: Registry, objects: Objects
+    config: ServiceConfig, registry: Registry, known: Mapping[str, Routing], damage: str
 ) -> tuple[dict[str, Routing], list[str]]:
     """Return what should be served, and what to tell about it."""
     try:
         routings = registry.routings(config.tasks or None)
-    except StoreUnreachableError as error:
-        known = objects.last_known()
-        wanted = config.tasks or tuple(known)
-        routings = {task: known[task] for task in wanted if task in known}
-        if not routings:
+    except StoreError as error:
+        if damage:
+            raise ArtifactError(f"{damage}. The registry: {error}") from error
+        if not known:
             raise
-        return routings, [
+        return dict(known), [
             f"the registry does not answer; what was served last is served again ({error})"
         ]
-    notes = [f"{task}: {problem}" for task, problem in registry.problems.items()]
+    notes = []
+    for task, problem in registry.problems.items():
+        if task in known and task not in routings and is_broken(problem):
+            routings[task] = known[task]
+            problem = f"what was served last is served again: {problem}"
+        notes.append(f"{task}: {problem}")
     missing = [task for task in config.tasks if task not in routings]
     if missing or not routings:
         what = f"the tasks {', '.join(missing)}" if missing else "any task"
@@ -153,18 +175,31 @@ def _wished(
     return routings, notes
 
 
-def _fetch_all(loader: Loader, routings: Mapping[str, Routing], told: Progress) -> str:
-    """Fetch and verify every champion; return what is wrong with some of them.
+def _fetch_all(
+    loader: Loader, routings: Mapping[str, Routing], known: Mapping[str, Routing], told: Progress
+) -> str:
+    """Fetch and verify every prompt; return what is wrong with some of the champions.
 
-    The first that can be used says which backbone this server has.
+    The first that can be used says which backbone this server has; all together, what of it is
+    loaded.
     """
     problems = []
     for task, routing in routings.items():
-        try:
-            loader.prefetch(routing.versions[routing.champion])
-        except PTv2Error as error:
-            problems.append(f"{task}: {error}")
+        wished = [one for one in (routing, known.get(task)) if one is not None]
+        for version in dict.fromkeys(one.versions[one.champion] for one in wished):
+            try:
+                loader.prefetch(version)
+            except PTv2Error as error:
+                problems.append(f"{task}: {error}")
+            else:
+                break
         told.done(task)
+    for routing in routings.values():
+        for number in (routing.canary, routing.shadow):
+            if number is not None:
+                # what is wrong with one is told when it is to be loaded
+                with suppress(PTv2Error):
+                    loader.prefetch(routing.versions[number])
     return "; ".join(problems)
 
 

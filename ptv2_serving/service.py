@@ -27,6 +27,8 @@ from ptv2_serving.routing import Routing
 COMPARED = ("label", "tags", "choice", "text", "value")
 # numbers that are closer than this are one answer
 VALUE_TOLERANCE = 1e-2
+# requests that shadows are asked side by side; of more, some are not compared
+MAX_SHADOWS = 32
 
 
 class PromptService:
@@ -58,7 +60,7 @@ class PromptService:
         """
         self._engine = engine
         self._asker = Asker(engine)
-        self._follower = Follower(self._asker, loader, wishes, tasks=tasks, warm=warm)
+        self._follower = Follower(engine, loader, wishes, tasks=tasks, warm=warm)
         self._limits = limits or Limits()
         self._is_draining = False
         self._in_flight = 0
@@ -101,7 +103,8 @@ class PromptService:
             if not self._in_flight:
                 self._idle.set()
         self._judge(task, route, role, answer.queued_s + answer.computed_s, failed=False)
-        if route.shadow is not None and role == "champion" and version is None:
+        is_room = len(self._shadows) < MAX_SHADOWS
+        if route.shadow is not None and role == "champion" and version is None and is_room:
             asking = asyncio.get_running_loop().create_task(
                 self._shadow(task, route.shadow, inputs, answer, timeout_s)
             )
@@ -217,10 +220,14 @@ class PromptService:
         return await asyncio.shield(looking)
 
     async def adopt(
-        self, routings: Mapping[str, Routing], *, told: Callable[[str], None] | None = None
+        self,
+        routings: Mapping[str, Routing],
+        *,
+        known: Mapping[str, Routing] | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Make routings true, task by task; see `Follower.adopt`."""
-        return await self._follower.adopt(routings, told=told)
+        return await self._follower.adopt(routings, known=known, told=told)
 
     # The end
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 MAX_LISTING_BYTES = 2**16
-MAX_TRANSFER_S = 300
+MAX_TRANSFER_S = 300.0
 MLFLOW_FILES = "/api/2.0/mlflow-artifacts/artifacts"
 
 
@@ -62,13 +62,49 @@ class _Files:
     where: str
 
 
-def download(version: ResolvedVersion, folder: Path, *, uri: str) -> Manifest:
+class _Patience:
+    """How long a download may go on.
+
+    Attributes:
+        within_s: Seconds from now.
+    """
+
+    def __init__(self, within_s: float, is_over: Callable[[], bool]) -> None:
+        """Begin to count."""
+        self.within_s = within_s
+        self._until_s = time.monotonic() + within_s
+        self._is_over = is_over
+
+    def check(self, what: str) -> None:
+        """Refuse to go on once the time is over, or nobody waits any more.
+
+        Raises:
+            StoreUnreachableError: It is.
+        """
+        if self._is_over():
+            raise StoreUnreachableError(f"{what}: given up, as the server is closing")
+        if time.monotonic() > self._until_s:
+            raise StoreUnreachableError(
+                f"{what}: not there within {self.within_s:g} seconds; it is tried again later"
+            )
+
+
+def download(
+    version: ResolvedVersion,
+    folder: Path,
+    *,
+    uri: str,
+    within_s: float = MAX_TRANSFER_S,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Manifest:
     """Put a version's two files into an empty folder, checking as they come.
 
     Args:
         version: Which.
         folder: Where.
         uri: The registry.
+        within_s: For all of it, where a server is asked.
+        is_over: Asked now and then; the download ends once it says so.
 
     Returns:
         The manifest; files, digests, shapes and numbers were checked.
@@ -77,7 +113,7 @@ def download(version: ResolvedVersion, folder: Path, *, uri: str) -> Manifest:
         ArtifactError: They are not what the registry says.
         StoreError: They cannot be had.
     """
-    with _open(version, folder, uri) as files:
+    with _open(version, folder, uri, _Patience(within_s, is_over)) as files:
         sizes = check_listing(files.entries, files.where)
         target = folder / MANIFEST_FILE
         found = write_bounded(files.read(target.name), target, most_bytes=sizes[target.name])
@@ -93,7 +129,9 @@ def download(version: ResolvedVersion, folder: Path, *, uri: str) -> Manifest:
 
 
 @contextmanager
-def _open(version: ResolvedVersion, scratch: Path, uri: str) -> Iterator[_Files]:
+def _open(
+    version: ResolvedVersion, scratch: Path, uri: str, patience: _Patience
+) -> Iterator[_Files]:
     """Open a version's files where its source says they are."""
     local = local_folder(version.source)
     if local is not None:
@@ -111,7 +149,7 @@ def _open(version: ResolvedVersion, scratch: Path, uri: str) -> Iterator[_Files]
     with as_store_errors(uri, f"{version} could not be downloaded"), quiet_mlflow():
         scheme = urlsplit(version.source).scheme
         if scheme in ("mlflow-artifacts", "http", "https"):
-            yield _on_server(version, uri)
+            yield _on_server(version, uri, patience)
         else:
             yield _elsewhere(version, scratch, uri)
 
@@ -139,7 +177,7 @@ def local_folder(source: str) -> Path | None:
     return Path(path)
 
 
-def _on_server(version: ResolvedVersion, uri: str) -> _Files:
+def _on_server(version: ResolvedVersion, uri: str, patience: _Patience) -> _Files:
     """Ask the registry's own server."""
     from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
     from mlflow.utils.credentials import get_default_host_creds
@@ -164,9 +202,8 @@ def _on_server(version: ResolvedVersion, uri: str) -> _Files:
     folder = f"{root.strip('/')}/{PROMPT_PATH}"
 
     def listing() -> Iterator[Entry]:
-        data = b"".join(
-            _bounded(_get(creds, MLFLOW_FILES, params={"path": folder}), MAX_LISTING_BYTES)
-        )
+        answer = _get(creds, MLFLOW_FILES, patience, params={"path": folder})
+        data = b"".join(_bounded(answer, MAX_LISTING_BYTES))
         listed = parse_json(data, f"{version}: the list of its files")
         files = listed.get("files") if isinstance(listed, dict) else None
         for entry in files if isinstance(files, list) else []:
@@ -179,16 +216,18 @@ def _on_server(version: ResolvedVersion, uri: str) -> _Files:
 
     return _Files(
         entries=listing(),
-        read=lambda name: _get(creds, f"{MLFLOW_FILES}/{folder}/{name}"),
+        read=lambda name: _get(creds, f"{MLFLOW_FILES}/{folder}/{name}", patience),
         where=f"{version} on {shown(uri)}",
     )
 
 
-def _get(creds: Any, endpoint: str, **how: Any) -> Iterator[bytes]:
+def _get(creds: Any, endpoint: str, patience: _Patience, **how: Any) -> Iterator[bytes]:
     """Yield what a server answers, as it is on the wire."""
     from mlflow.utils.rest_utils import http_request
     from urllib3.exceptions import HTTPError
 
+    what = endpoint.rpartition("/")[2]
+    patience.check(what)
     response = http_request(  # type: ignore[no-untyped-call]
         creds,
         f"/{endpoint.lstrip('/')}",
@@ -205,23 +244,19 @@ def _get(creds: Any, endpoint: str, **how: Any) -> Iterator[bytes]:
         if response.status_code != 200:
             kind = StoreUnreachableError if response.status_code >= 500 else StoreError
             raise kind(
-                f"{endpoint.rpartition('/')[2]}: expected the file, got HTTP "
+                f"{what}: expected the file, got HTTP "
                 f"{response.status_code}; the registry may have lost it, or not let you in."
             )
         # a few compressed bytes can become any number of them
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ArtifactError(f"{endpoint}: expected plain bytes, got compressed ones")
-        deadline = time.monotonic() + MAX_TRANSFER_S
         try:
             # as much as there is at once: a server that drips must not hold us in one call
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):
-                if time.monotonic() > deadline:
-                    raise StoreUnreachableError(
-                        f"{endpoint.rpartition('/')[2]}: not there within {MAX_TRANSFER_S} seconds"
-                    )
+                patience.check(what)
                 yield chunk
         except HTTPError as error:
-            raise StoreUnreachableError(f"{endpoint.rpartition('/')[2]}: {error}") from error
+            raise StoreUnreachableError(f"{what}: {error}") from error
 
 
 def _bounded(chunks: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:

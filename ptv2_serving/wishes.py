@@ -98,9 +98,9 @@ class Wishes:
                 versions[number] = self._version(client, model, number)
             except (ArtifactError, StoreError) as error:
                 problems[task] = f"{alias}: {error}"
+                if alias == CHAMPION:
+                    return None
         champion = aliases[CHAMPION]
-        if champion not in versions:
-            return None
         canary = aliases.get(CANARY) if share else None
         canary = canary if canary in versions and canary != champion else None
         shadow = aliases.get(SHADOW)
@@ -129,6 +129,11 @@ class Wishes:
                 raise StoreError(f"{model.name}:{number} is not there any more") from error
             self._known[key] = resolved(client, found)
         return self._known[key]
+
+
+def is_broken(problem: str) -> bool:
+    """Tell whether a task was left out since its champion cannot be used, not for having none."""
+    return problem.startswith(f"{CHAMPION}: ")
 
 
 def aliases_of(model: "RegisteredModel") -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The arithmetic of the serving benchmark and its fleet, and peers that answer what we answer."""
 
 import json
+import time
 from collections import OrderedDict
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from benchmarks import fleet
 from benchmarks.fleet import Costs, Machine, hit_rate, move, plan, simulate, sustained
-from benchmarks.serve import Table, ratio
+from benchmarks.serve import QUICK, TOKENS, USUAL, Table, ratio
+from benchmarks.serve_budget import LEAST, Budget, scaled
 from benchmarks.serve_costs import fit
 from benchmarks.serve_http import _head
 from benchmarks.serve_parts import Prompts, Texts, names, seed_of
@@ -28,7 +30,7 @@ from benchmarks.serve_rates import (
     waits,
 )
 from benchmarks.serve_report import drawn
-from benchmarks.serve_soak import growth
+from benchmarks.serve_soak import MOVED, Champions, growth, loop_lag
 from benchmarks.serve_ways import Copies, LogitsArray, Ours, Peft, grouped
 from ptv2_core.model.backbones.locating import locate
 from ptv2_serving.engine.engine import EngineConfig
@@ -151,6 +153,39 @@ def test_table_has_a_ratio_for_each_peer_and_length() -> None:
     }
 
 
+@pytest.mark.parametrize("slowness", [0.5, 1.0, 1.5, 3.0])
+def test_budget_holds_whatever_the_speed_and_leaves_nothing_out(slowness: float) -> None:
+    now = [1000.0]
+    budget = Budget(QUICK.seconds, USUAL, clock=lambda: now[0])
+    shares = []
+    for name, usual in USUAL.items():
+        with budget.part(name) as share:
+            now[0] += slowness * (usual.fixed_s + usual.scaled_s * share)
+            shares.append(share)
+    assert list(budget.seconds) == list(USUAL)
+    assert min(shares) >= LEAST
+    assert now[0] - 1000.0 < 480.0
+    assert bool(budget.shortened) == (slowness > 1)
+    assert all(share < 1 for share in budget.shortened.values())
+
+
+def test_budget_without_an_end_shortens_nothing() -> None:
+    budget = Budget(None, USUAL, clock=lambda: 1e9)
+    for name in USUAL:
+        with budget.part(name) as share:
+            assert share == 1.0
+    assert budget.shortened == {}
+
+
+def test_budget_has_every_part_of_the_quick_form() -> None:
+    tables = {f"P = {length}, T = {tokens}" for length in QUICK.lengths for tokens in TOKENS}
+    assert tables <= set(USUAL)
+    assert QUICK.seconds is not None
+    assert sum(usual.fixed_s + usual.scaled_s for usual in USUAL.values()) < QUICK.seconds
+    assert [scaled(20, share, least=5) for share in (1.0, 0.5, 0.1)] == [20, 10, 5]
+    assert scaled(3, 0.1, least=5) == 3
+
+
 def test_costs_of_batches_are_fitted() -> None:
     parts = (0.004, 0.0003, 0.00002)
     shapes = [(1, 16), (8, 16), (64, 16), (4, 32), (16, 64)]
@@ -168,6 +203,31 @@ def test_growth_is_that_of_the_second_half() -> None:
     )
     rising = [(10.0 * n, 1e6 * n) for n in range(6)]
     assert growth(rising)["slope_mb_per_hour"] == pytest.approx(360.0)
+
+
+def test_soak_moves_to_warm_versions_and_to_others_and_checks_who_answers() -> None:
+    champions = Champions()
+    champions.check("task-0000", 1, 0.0)
+    moves = [champions.move(number) for number in range(4 * MOVED)]
+    first = [version for task, version in moves if task == "task-0000"]
+    second = [version for task, version in moves if task == "task-0001"]
+    assert (first, second) == ([2, 1, 2, 1], [2, 3, 1, 2])
+    # of those that go to and fro, the first move of each loads
+    assert (champions.warm, champions.loaded) == (15, 25)
+    now = time.perf_counter()
+    for version in (2, 1):
+        champions.check("task-0001", version, now + 5)
+    assert champions.wrong == 0
+    assert champions.slowest_s == pytest.approx(5, abs=1)
+    champions.check("task-0001", 3, now)
+    champions.check("task-0049", 2, now)
+    assert champions.to_mapping()["wrong_versions"] == 2
+
+
+def test_soak_says_how_late_the_loop_was() -> None:
+    lines = ('{le="0.1"} 90.0', '{le="1.0"} 99.0', '{le="+Inf"} 100.0')
+    text = "\n".join(f"ptv2_loop_lag_seconds_bucket{line}" for line in lines)
+    assert loop_lag(text) == {"looks": 100, "over_0.1_s": 10, "over_1.0_s": 1}
 
 
 def test_answer_of_a_server_is_read() -> None:
@@ -244,6 +304,9 @@ def test_fleet_and_tables_are_drawn_from_the_figures_of_the_docs() -> None:
     console.print(drawn(figures))
     console.print(fleet.drawn(Costs.of(figures), Machine(), tokens=32))
     text = file.getvalue()
+    assert "Shortened" not in text
+    console.print(drawn({**figures, "plan": {"seconds": 450}, "shortened": {"looks": 0.5}}))
+    assert "Shortened, to end within 7.5 minutes: looks: 50%" in file.getvalue()
     for words in ("set_adapter", "hot swaps", "One engine process", "10,000", "hit rate"):
         assert words in text
     for tokens in (16, 32, 64):

@@ -250,9 +250,14 @@ def test_volumes_are_declared_used_and_writable() -> None:
         if mount.startswith("."):
             assert (ROOT / mount.split(":")[0]).exists(), mount
     # A named volume takes its owner from the folder of the image it is mounted on.
-    artifacts = next(mount for mount in mounts if mount.startswith("mlartifacts:")).split(":")[1]
-    assert any(f" {artifacts}" in step for step in dockerfile()[1]["train"].arguments("RUN"))
-    assert f"--artifacts-destination={artifacts}" in spec["services"]["mlflow"]["command"]
+    folders = dict(mount.split(":")[:2] for mount in mounts)
+    for name in ("mlartifacts", "prefect"):
+        made = dockerfile()[1]["train"].arguments("RUN")
+        assert any(f" {folders[name]}" in step for step in made)
+    artifacts = f"--artifacts-destination={folders['mlartifacts']}"
+    assert artifacts in spec["services"]["mlflow"]["command"]
+    # with Prefect's leases in it
+    assert spec["services"]["prefect"]["environment"]["PREFECT_HOME"] == folders["prefect"]
 
 
 def test_addresses_name_a_service_its_port_and_its_database() -> None:

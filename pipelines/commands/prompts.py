@@ -75,7 +75,20 @@ def serve(
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
     engines: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that compute.", show_default="a core each but one"),
+        typer.Option(
+            min=1, help="Processes that compute.", show_default="a core each but one; 1 on a GPU"
+        ),
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Padded tokens of a batch at most.", show_default="1024"),
+    ] = None,
+    batch_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a batch at most.", show_default="64")
+    ] = None,
+    warm: Annotated[
+        int | None,
+        typer.Option(min=0, help="Previous versions that stay loaded.", show_default="1"),
     ] = None,
     watch_s: Annotated[
         float, typer.Option(min=0.0, help="Seconds between two looks at the aliases; 0: none.")
@@ -144,6 +157,7 @@ def serve(
         service={
             "backbone": backbone, "precision": precision, "device": device, "engines": engines,
             "watch_s": watch_s, "public_key": verify_key, "queue_rows": max_queue_rows,
+            "token_budget": token_budget, "batch_rows": batch_rows, "warm": warm,
         },
         console=make_console(),
     )  # fmt: skip

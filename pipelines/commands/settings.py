@@ -187,10 +187,14 @@ def study(
     asked = [
         None if path is None else path.absolute() for path in (html_file, png_folder, json_file)
     ]
-    _, paths = task_of(workspace, task)
     from pipelines import study_files, study_report
+    from pipelines.paths import TaskPaths
+    from pipelines.settings import load_settings
     from pipelines.sweep.record import SweepRecord
 
+    known = load_settings(workspace / "params.yaml").task(task)
+    # not from within the workspace: what is written is named as it is reached from here
+    paths = TaskPaths(root=workspace, task=known.name)
     record = SweepRecord.read(paths)
     console = make_console()
     console.print(study_report.trials_table(record))

@@ -5,27 +5,31 @@ is slow to load, and the flow itself holds nothing that cannot be pickled.
 """
 
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import prefect
-from prefect import Flow
+from prefect import Flow, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
+from pipelines.prefect_session import GPU_TAG
 from pipelines.settings import set_environment_defaults
 from pipelines.sweep import pool
 from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order, train
-from pipelines.sweep.urls import host_and_port
+from pipelines.sweep.urls import host_and_port, is_loopback
 from pipelines.threads import thread_environment
 
 REACH_TIMEOUT_S = 10.0
@@ -92,34 +96,99 @@ def submitting(
         return
     # a future that nobody holds is given up by Dask
     held: set[PrefectFuture[Any]] = set()
+    card = _Card()
 
     def ended(future: PrefectFuture[Any], done: Callable[[], None]) -> None:
         held.discard(future)
         done()
 
     def submit(name: str, order: Order, done: Callable[[], None]) -> None:
+        tags = set(train_trial.tags)
+        if order.job.device == "cuda" and order.job.shares_forward:
+            card.take()
+        elif order.job.device == "cuda":
+            tags.add(GPU_TAG)
         with _tried_once(sweep):
-            future = train_trial.with_options(task_run_name=name).submit(order)
+            future = train_trial.with_options(task_run_name=name, tags=tags).submit(order)
         held.add(future)
         future.add_done_callback(partial(ended, done=done))
 
-    yield submit
+    try:
+        yield submit
+    finally:
+        card.over.set()
+
+
+class _Card:
+    """A slot of the limit on GPUs for the whole of a sweep whose trials share one forward.
+
+    With a slot for each trial, a limit of one would train them one by one.
+    """
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._is_held = False
+
+    def take(self) -> None:
+        """Wait for the slot, once.
+
+        Raises:
+            PipelineError: Prefect does not give it.
+        """
+        if self._is_held:
+            return
+        begun = threading.Event()
+        future = _hold.submit(begun, self.over)
+        future.add_done_callback(lambda ended: begun.set())
+        begun.wait()
+        if future.state.is_final():
+            said = future.state.message or future.state.name
+            raise PipelineError(f"sweep: Prefect did not give a slot for the tag {GPU_TAG}: {said}")
+        self._is_held = True
+
+
+@prefect.task(
+    name="stack",
+    task_run_name="stack",
+    tags=[GPU_TAG],
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def _hold(begun: threading.Event, over: threading.Event) -> None:
+    begun.set()
+    over.wait()
 
 
 @prefect.task(name="trial", tags=["trial"], cache_policy=NO_CACHE, persist_result=False, retries=0)
 def train_trial(order: Order) -> Any:
     """Train one trial; how it ended is in the study, and said by the state."""
     try:
-        ended = train(order)
+        return train_and_log(order)
     except Exception as error:
         # whatever it is, another process may not be able to read it: its words alone travel
         return Failed(message=f"{type(error).__name__}: {error}")
-    return state_of(ended)
 
 
-def state_of(ended: Ended) -> State[Any]:
-    """Return how a training ended, as the state of its run."""
-    words = f"{ended.state} in {ended.seconds:.1f} s"
+def train_and_log(order: Order) -> State[Any]:
+    """Train in a run, whose log has a line an epoch; returns the state that says how it ended.
+
+    Raises:
+        PipelineError: As `train`.
+    """
+    logger = get_run_logger()
+    scores: list[float] = []
+
+    def on_score(epoch: int, score: float) -> None:
+        scores.append(score)
+        logger.info("epoch %d: dev %.4f", epoch, score)
+
+    return state_of(train(order, on_score), max(scores, default=None))
+
+
+def state_of(ended: Ended, best: float | None) -> State[Any]:
+    """Return how a training ended, and its best score on dev, as the state of its run."""
+    words = ended.state if best is None else f"{ended.state}, best on dev {best:.4f},"
+    words += f" in {ended.seconds:.1f} s"
     if ended.retries:
         words += f", {ended.retries} times begun again"
     if ended.message:
@@ -150,7 +219,8 @@ def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
     if sweep.engine == "work_pool":
         pool.check(sweep)
     if sweep.engine in ("processes", "stack", "work_pool"):
-        return ThreadPoolTaskRunner(max_workers=sweep.workers)
+        # one more holds the card of a stack
+        return ThreadPoolTaskRunner(max_workers=sweep.workers + 1)
     try:
         runner = _ray(sweep) if sweep.engine == "ray" else _dask(sweep)
     except ImportError as error:
@@ -160,6 +230,7 @@ def _runner(sweep: SweepSettings) -> TaskRunner[Any]:
         ) from error
     if sweep.address is not None:
         _check_reachable(sweep.address)
+        _check_prefect(sweep.address)
     return runner
 
 
@@ -210,6 +281,24 @@ def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
         }
     )
     return cast(TaskRunner[Any], runner)
+
+
+def _check_prefect(address: str) -> None:
+    """Refuse a cluster elsewhere whose workers cannot reach Prefect, and would lose every trial.
+
+    Raises:
+        PipelineError: Prefect's server listens on this machine's loopback alone.
+    """
+    host, _ = host_and_port(address)
+    api = PREFECT_API_URL.value() or ""
+    if host is None or is_loopback(host) or not is_loopback(urlsplit(api).hostname or ""):
+        return
+    raise PipelineError(
+        f"sweep.address: the cluster at {address} has workers on other machines, or may have, and "
+        f"those cannot reach Prefect at {api}; start a server that they can (`prefect server start "
+        "--host 0.0.0.0`, in a network you trust), set PREFECT_API_URL to its address, and run "
+        "the same command"
+    )
 
 
 def _check_reachable(address: str) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
 from pipelines.schema import nested
 from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages.lanes import trial_config
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, load_start, start_training, trunk_cache
-from pipelines.sweep.job import Job
+from pipelines.sweep.job import Job, inputs_of
 from pipelines.threads import limit_threads
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error
@@ -33,6 +34,10 @@ from ptv2_core.training.stepping import is_memory
 
 BEATS_PER_TIMEOUT = 4
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class InputsError(PipelineError):
+    """What all trials share cannot be loaded, or has changed: no trial is at fault."""
 
 
 class Trainer:
@@ -50,6 +55,12 @@ class Trainer:
         self._backbone = backbone_for(settings, self._prepared)
         self._start = load_start(settings, self._prepared, self._paths, self._backbone, pulls=False)
         self._cache = trunk_cache(settings, self._paths)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What was loaded, as a job names it."""
+        start = None if self._start is None else self._start.digest
+        return inputs_of(self._prepared.identity(), self._backbone.spec.digest, start)
 
     def config(self, job: Job) -> TrainConfig:
         """Return the settings of a job."""
@@ -147,21 +158,40 @@ class Pipe:
 
 
 def problem_of(error: Exception) -> dict[str, str]:
-    """Return the message that says what ended a trial: a full disk is no fault of its."""
-    kind = "room" if is_room(error) else "memory" if is_memory(error) else "failed"
-    is_ours = isinstance(error, PTv2Error)
-    return {kind: str(error) if is_ours else f"{type(error).__name__}: {error}"}
+    """Return the message that says what ended a trial, or keeps it and all others from going on."""
+    is_nobodys = is_room(error) or isinstance(error, InputsError)
+    kind = "stop" if is_nobodys else "memory" if is_memory(error) else "failed"
+    return {kind: _words(error)}
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, PTv2Error) else f"{type(error).__name__}: {error}"
 
 
 def trainer_for(job: Job) -> Trainer:
     """Return what trains a job.
 
     Raises:
-        PTv2Error: As `Trainer`.
+        InputsError: Data or backbone cannot be loaded, or are not those that the study began with.
     """
     limit_threads(job.workers)
-    settings = load_settings(Path(job.params_file)).task(job.task)
-    return Trainer(settings, Path(job.root))
+    try:
+        settings = load_settings(Path(job.params_file)).task(job.task)
+        trainer = Trainer(settings, Path(job.root))
+    except Exception as error:
+        # whatever it is, the next trial would meet it too
+        raise InputsError(
+            f"what trials train on cannot be loaded: {_words(error)}; once that is mended, the "
+            "same command goes on, or begins a new study where the data is another"
+        ) from error
+    found = trainer.inputs
+    for name, wanted in job.inputs.items():
+        if found[name] != wanted:
+            raise InputsError(
+                f"{name} of {job.task}: expected {wanted}, with which the study began, got "
+                f"{found[name]}; it changed meanwhile: the same command begins a new study"
+            )
+    return trainer
 
 
 def _serve(job: Job, trainers: dict[tuple[str, str], Trainer], pipe: Pipe, orders: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -10,9 +11,14 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any, Protocol
 
+from pipelines.errors import PipelineError
 from pipelines.settings import child_environment
 from pipelines.sweep.job import Job
 from pipelines.threads import thread_environment
+
+
+class CannotGoOnError(PipelineError):
+    """No trial can go on, and none is at fault: a disk is full, or what all share is not there."""
 
 
 class Trains(Protocol):
@@ -59,17 +65,28 @@ class Trains(Protocol):
 
 
 def _start(module: str, job: Job) -> subprocess.Popen[str]:
-    """Start a process that reads lines and writes lines."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module],
-        cwd=job.root,
-        env=child_environment(defaults=thread_environment(job.workers)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # Ctrl-C is for the sweep, which ends its hosts
-        start_new_session=True,
-    )
+    """Start a process that reads lines and writes lines.
+
+    Raises:
+        CannotGoOnError: This machine does not see the workspace, or has no room for a process.
+    """
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", module],
+            cwd=job.root,
+            env=child_environment(defaults=thread_environment(job.workers)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Ctrl-C is for the sweep, which ends its hosts
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise CannotGoOnError(
+            f"{job.root}: expected the workspace of the sweep, in which {socket.gethostname()} can "
+            f"start a process, got: {error}; have it at the same path on all machines, on a disk "
+            "that they share"
+        ) from error
 
 
 def _end(process: subprocess.Popen[str]) -> int:

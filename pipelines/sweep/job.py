@@ -1,7 +1,9 @@
 """What is trained, as it goes to a process that trains; it imports nothing that is slow to load."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -20,6 +22,8 @@ class Job:
         workers: How many trials run side by side on this machine.
         heartbeat_s: Silence after which the host is taken for dead.
         shares_forward: Whether it trains in a stack, with what else trains on this machine.
+        inputs: What the study's scores depend on, as `inputs_of` gives it; empty: anything.
+        device: The kind of device that trains it, as far as the sweep can tell.
     """
 
     params_file: str
@@ -32,6 +36,8 @@ class Job:
     workers: int = 1
     heartbeat_s: float = 60.0
     shares_forward: bool = False
+    inputs: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     def dumps(self) -> str:
         """Return the job as a line."""
@@ -41,3 +47,19 @@ class Job:
     def loads(cls, line: str) -> "Job":
         """Return the job of a line."""
         return cls(**json.loads(line))
+
+
+def inputs_of(data: Mapping[str, Any], backbone: str, start: str | None) -> dict[str, str]:
+    """Return what all trials of a study must find, by the setting or the folder that it is of.
+
+    Args:
+        data: As `Prepared.identity` gives it.
+        backbone: The digest of its weights.
+        start: The digest of the prompt that trainings begin from.
+    """
+    text = json.dumps(data, sort_keys=True)
+    return {
+        "data/prepared": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+        "backbone": backbone,
+        "train.init_from": start or "none",
+    }

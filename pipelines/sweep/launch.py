@@ -1,7 +1,9 @@
 """`ptv2 sweep`: start the flow, draw a table that lives, and say what was found and where it is."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -9,11 +11,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.settings import Settings
+from pipelines.paths import TaskPaths
+from pipelines.settings import Settings, load_settings
+from pipelines.study_files import PAGE
 from pipelines.study_report import finalists_table
 from pipelines.sweep import flow
+from pipelines.sweep.looks import Look, OnLook
 from pipelines.sweep.record import TrialRecord, in_words
-from pipelines.sweep.sweeping import Look, OnLook
 
 SHOWN_BEST = 5
 
@@ -36,25 +40,29 @@ def run(
         console: Where to draw.
 
     Raises:
-        PTv2Error: As `flow.run`.
+        PTv2Error: As `flow.run`, and where the sweep of a task failed; the others are printed.
     """
+    workspace = settings.root
+    # a backbone's folder is relative to the workspace, as under DVC
+    os.chdir(workspace)
+    settings = load_settings(Path(settings.path.name))
     with _drawing(console) as on_look:
-        records = flow.run(settings, tasks, trials=trials, workers=workers, on_look=on_look)
+        records, failed = flow.run(settings, tasks, trials=trials, workers=workers, on_look=on_look)
     plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
     for record in records:
         counts = ", ".join(f"{count} {state}" for state, count in record.counts().items())
         words = f"swept {record.task}: {counts}; {record.epochs_spent} epochs"
         console.print(words + (f"; {record.stopped}" if record.stopped else ""), **plain)
         console.print(finalists_table(record))
+    where = "" if workspace == Path() else f" -C {workspace}"
     for record in records:
-        console.print(
-            f"page      results/sweeps/{record.task}/study.html (`ptv2 study {record.task}` prints "
-            "all trials)",
-            **plain,
-        )
-        console.print(
-            f"apply     ptv2 apply {record.task}, then ptv2 run --task {record.task}", **plain
-        )
+        page = TaskPaths(root=workspace, task=record.task).sweep / PAGE
+        study = f"ptv2 study {record.task}{where}"
+        apply, run_it = f"ptv2 apply {record.task}{where}", f"ptv2 run --task {record.task}{where}"
+        console.print(f"page      {page} (`{study}` prints all trials)", **plain)
+        console.print(f"apply     {apply}, then {run_it}", **plain)
+    if failed is not None:
+        raise failed
 
 
 @contextmanager

@@ -274,9 +274,11 @@ class _Pool:
         given = list(self._given.values())
         if not given or self._study is None:
             return
-        with get_client(sync_client=True) as client, suppress(httpx.HTTPError, ObjectNotFound):
+        with get_client(sync_client=True) as client, suppress(httpx.HTTPError):
             for one in given:
-                client.set_flow_run_state(one.run, Cancelling(message="the sweep ended"))
+                # one that somebody deleted leaves the others to be cancelled
+                with suppress(ObjectNotFound):
+                    client.set_flow_run_state(one.run, Cancelling(message="the sweep ended"))
         with suppress(PipelineError):
             beats.take_all(self._study)
         deadline = time.monotonic() + max(beats.every_s(one.heartbeat_s) for one in given) + 5.0

@@ -23,7 +23,7 @@ from pipelines import guarded
 from pipelines.errors import PipelineError
 from pipelines.local_servers import POLL_S, STARTUP_TIMEOUT_S, free_port, last_lines
 from pipelines.settings import child_environment
-from pipelines.sweep.trials import open_storage
+from pipelines.sweep.storages import open_storage
 
 LOOPBACK = "127.0.0.1"
 WATCH_S = 0.2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import PipelineError
-from pipelines.sweep.hosts import Host, Shared, Trains
+from pipelines.sweep.hosts import CannotGoOnError, Host, Shared, Trains
 from pipelines.sweep.job import Job
 
 OnEpoch = Callable[[int, float], bool]
@@ -39,10 +39,6 @@ class Ended:
     seconds: float
     retries: int
     message: str
-
-
-class NoRoomError(PipelineError):
-    """A disk is full: no trial can go on, and none is at fault."""
 
 
 class Supervisor:
@@ -74,7 +70,7 @@ class Supervisor:
 
         Raises:
             PipelineError: The sweep is ending.
-            NoRoomError: A disk is full.
+            CannotGoOnError: Nor can any other trial, as where a disk is full.
         """
         began = time.monotonic()
         died, told, notes = 0, 0, list[str]()
@@ -90,18 +86,18 @@ class Supervisor:
                 self._keep(host)
                 message = "; ".join(notes)
                 return _ended(state, began, died, message)
-            if state == "room":
+            if state == "stop":
                 self._keep(host)
-                raise NoRoomError(why)
+                raise CannotGoOnError(why)
             if state == "memory" and job.halvings == 0:
-                # what is left in this process is not to be trusted
-                self._drop(host)
+                # what is left in a process of its own is not to be trusted; a stack goes on
+                self._leave(host)
                 job = replace(job, halvings=1)
                 notes.append("batches halved, since memory ran out")
                 Path(job.checkpoint).unlink(missing_ok=True)
                 continue
             if state in ("memory", "failed"):
-                (self._drop if state == "memory" else self._keep)(host)
+                (self._leave if state == "memory" else self._keep)(host)
                 return _ended("failed", began, died, "; ".join((*notes, why)))
             code = self._drop(host)
             with self._lock:
@@ -140,8 +136,8 @@ class Supervisor:
                 return "failed", message["failed"], told
             elif "memory" in message:
                 return "memory", message["memory"], told
-            elif "room" in message:
-                return "room", message["room"], told
+            elif "stop" in message:
+                return "stop", message["stop"], told
 
     def end(self) -> None:
         """Kill all hosts; trials that run raise."""

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from statistics import fmean, stdev
 from typing import Any
@@ -23,11 +23,12 @@ from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import backbone_for, backbone_identity, load_start
 from pipelines.study import reachable
-from pipelines.sweep.job import Job
+from pipelines.sweep.job import Job, inputs_of
+from pipelines.sweep.looks import Look, OnLook, seconds_left
 from pipelines.sweep.proxy import one_writer
 from pipelines.sweep.record import Finalist, SweepRecord, TrialRecord, in_words
 from pipelines.sweep.supervise import Ended
-from pipelines.sweep.training import Order
+from pipelines.sweep.training import Order, begin
 from pipelines.sweep.trials import LOST, Asked, SweepStudy
 from pipelines.sweep.urls import host_and_port, with_driver
 from ptv2_core.errors import ConfigError
@@ -39,30 +40,6 @@ LOOK_S = 1.0
 Done = Callable[[], None]
 Submit = Callable[[str, Order, Done], None]
 """Starts a training under a name; calls back from any thread once it is over, however it ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """A sweep at one moment.
-
-    Attributes:
-        task: The task.
-        asked: Trials that were asked for.
-        ended: Those that are over.
-        running: Those that train, with their scores so far.
-        finalists_left: Trainings with further seeds that are still to come; 0 before that round.
-        seconds_left: An estimate; None while nothing is known.
-    """
-
-    task: str
-    asked: int
-    ended: tuple[TrialRecord, ...]
-    running: tuple[TrialRecord, ...]
-    finalists_left: int
-    seconds_left: float | None
-
-
-OnLook = Callable[[Look], None]
 
 
 class Sweep:
@@ -80,7 +57,12 @@ class Sweep:
         self._orders: dict[str, Order] = {}
         self._resubmitted: dict[str, int] = {}
         self._began = time.monotonic()
+        self._stopped = ""
+        self._trials_s: dict[int, float] = {}
+        self._finalists_s: list[float] = []
         self.url = study.url
+        self.inputs: dict[str, str] = {}
+        self.device = "cpu"
 
     def order(self, asked: Asked, *, seed: int | None = None) -> Order:
         """Return the training of a trial; with a seed, that of a finalist."""
@@ -103,6 +85,8 @@ class Sweep:
                 workers=1 if shares else self.sweep.workers,
                 heartbeat_s=self.sweep.heartbeat_s,
                 shares_forward=shares,
+                inputs=self.inputs,
+                device=self.device,
             ),
         )
 
@@ -116,7 +100,7 @@ class Sweep:
         Raises:
             PipelineError: No trial ended with a score, or the engine trains nothing.
         """
-        stopped = self._trials(submit, on_look)
+        self._trials(submit, on_look)
         trials = self.study.trials()[: self.sweep.n_trials]
         complete = [one for one in trials if one.state == "complete"]
         if not complete:
@@ -130,51 +114,52 @@ class Sweep:
         self._finalists(best, submit, on_look)
         for left in self.folder.glob("*.safetensors"):
             left.unlink()  # of trials that were told, whose process died before it removed it
-        return self._record(trials, best, stopped)
+        return self._record(trials, best)
 
-    def _trials(self, submit: Submit, on_look: OnLook) -> str:
-        """Train trials; returns why there are fewer than were asked for, or nothing."""
-        stopped = ""
+    def _trials(self, submit: Submit, on_look: OnLook) -> None:
+        """Train trials until there are enough, or no further one is worth its time."""
 
         def following() -> Iterator[tuple[str, Order]]:
-            nonlocal stopped
             while True:
-                limits = (self.sweep.patience, self.sweep.margin)
-                stopped = stopped or self.study.why_stop(*limits)
+                self._stopped = self._why_stop()
                 # what a dead sweep left is finished all the same
-                asked = self.study.ask(0 if stopped else self.sweep.n_trials)
+                asked = self.study.ask(0 if self._stopped else self.sweep.n_trials)
                 if asked is None:
                     return
                 yield f"trial {asked.number}: {in_words(asked.params)}", self.order(asked)
 
-        self._train(following(), submit, on_look, lambda: 0)
-        is_short = len(self.study.trials()) < self.sweep.n_trials
-        return stopped if is_short else ""
+        while True:
+            self._train(following(), submit, on_look, lambda: None)
+            # a trial that still ran when the sweep was to stop may have brought a gain after all
+            if not self._stopped or self._why_stop():
+                return
+
+    def _why_stop(self) -> str:
+        return self.study.why_stop(self.sweep.patience, self.sweep.margin)
+
+    def _seeds(self) -> range:
+        """Return the seeds that a finalist has besides its own."""
+        own = self.settings.train.seed
+        return range(own + 1, own + self.sweep.seeds)
 
     def _finalists(self, best: list[TrialRecord], submit: Submit, on_look: OnLook) -> None:
-        own = self.settings.train.seed
-        known = self.study.seed_scores()
-        wanted = [
-            (one, own + further)
+        ended = self.study.seed_scores()
+        wanted = {
+            (one.number, seed): one.params
             for one in best
-            for further in range(1, self.sweep.seeds)
-            if (one.number, own + further) not in known
-        ]
+            for seed in self._seeds()
+            if (one.number, seed) not in ended
+        }
         orders = [
             (
-                f"finalist {one.number}, seed {seed}",
-                self.order(
-                    Asked(number=one.number, params=one.params, is_taken_over=False), seed=seed
-                ),
+                f"finalist {number}, seed {seed}",
+                self.order(Asked(number=number, params=params, is_taken_over=False), seed=seed),
             )
-            for one, seed in wanted
+            for (number, seed), params in wanted.items()
         ]
-        numbers = {one.number for one in best}
-        before = len(known)
 
         def left() -> int:
-            done = [key for key in self.study.seed_scores() if key[0] in numbers]
-            return max(0, len(orders) + before - len(done))
+            return len(wanted.keys() - self.study.seed_scores().keys())
 
         self._train(iter(orders), submit, on_look, left)
 
@@ -183,14 +168,16 @@ class Sweep:
         following: Iterator[tuple[str, Order]],
         submit: Submit,
         on_look: OnLook,
-        left: Callable[[], int],
+        finalists_left: Callable[[], int | None],
     ) -> None:
         """Keep the workers busy with what follows, until nothing does."""
         over: queue.SimpleQueue[str] = queue.SimpleQueue()
         running: dict[str, Order] = {}
+        began: dict[str, float] = {}
 
         def start(name: str, order: Order) -> None:
             running[name] = order
+            began.setdefault(name, time.monotonic())
             self.study.take_stop(order.number)  # what stopped an earlier sweep
             submit(name, order, lambda: over.put(name))
 
@@ -204,7 +191,7 @@ class Sweep:
                 start(*found)
             if not running:
                 return
-            on_look(self._look(left()))
+            on_look(self._look(finalists_left()))
             try:
                 name = over.get(timeout=LOOK_S)
             except queue.Empty:
@@ -214,6 +201,10 @@ class Sweep:
                 raise PipelineError(f"sweep: {name}: {why}; no finished trial is lost")
             if not self._has_ended(order):
                 self._again(name, order, start)
+            elif order.is_finalist:
+                self._finalists_s.append(time.monotonic() - began[name])
+            else:
+                self._trials_s[order.number] = time.monotonic() - began[name]
 
     def _has_ended(self, order: Order) -> bool:
         if order.is_finalist:
@@ -244,29 +235,37 @@ class Sweep:
             self.study.hold(order.number)
         start(name, order)
 
-    def _look(self, finalists_left: int) -> Look:
+    def _look(self, finalists_left: int | None) -> Look:
+        """Return how it stands; without a number of finalists, before their round."""
         ended, running = self.study.trials(), self.study.running()
-        trained = [one.seconds for one in ended if one.seconds > 0]
-        to_come = max(0, self.sweep.n_trials - len(ended)) + finalists_left
-        seconds = fmean(trained) * to_come / self.sweep.workers if trained else None
+        trials_left = len(running) if self._stopped else max(0, self.sweep.n_trials - len(ended))
+        further = self.sweep.finalists * len(self._seeds())
+        if finalists_left is not None:
+            trials_left, further = 0, finalists_left
         return Look(
             task=self.settings.name,
             asked=self.sweep.n_trials,
             ended=ended,
             running=running,
-            finalists_left=finalists_left,
-            seconds_left=seconds,
+            finalists_left=finalists_left or 0,
+            seconds_left=seconds_left(
+                self._trials_s,
+                self._finalists_s,
+                complete={one.number for one in ended if one.state == "complete"},
+                trials_left=trials_left,
+                finalists_left=further,
+                workers=self.sweep.workers,
+            ),
         )
 
-    def _record(
-        self, trials: tuple[TrialRecord, ...], best: list[TrialRecord], stopped: str
-    ) -> SweepRecord:
+    def _record(self, trials: tuple[TrialRecord, ...], best: list[TrialRecord]) -> SweepRecord:
         further = self.study.seed_scores()
         finalists = []
         for one in best:
             assert one.value is not None, "a complete trial has a value"
-            seeds = sorted(seed for number, seed in further if number == one.number)
-            scores = (one.value, *(further[one.number, seed] for seed in seeds))
+            # a sweep that had more seeds once is decided by as many as the others have
+            found = [further.get((one.number, seed)) for seed in self._seeds()]
+            scores = (one.value, *(score for score in found if score is not None))
             spread = stdev(scores) if len(scores) > 1 else 0.0
             finalists.append(
                 Finalist(number=one.number, scores=scores, mean=fmean(scores), spread=spread)
@@ -282,7 +281,7 @@ class Sweep:
             asked=self.sweep.n_trials,
             trials=trials,
             finalists=tuple(finalists),
-            stopped=stopped,
+            stopped=self._stopped if len(trials) < self.sweep.n_trials else "",
             seconds=time.monotonic() - self._began,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             flow_run="",
@@ -313,6 +312,11 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
             this task is running.
     """
     chosen = settings.task(task)
+    if not chosen.search.space.model_dump(exclude_none=True):
+        raise ConfigError(
+            "search.space: expected a range for one setting at least, such as learning_rate: "
+            f"[1.0e-3, 1.0e-1], got none for {task}: all trials would be the same training"
+        )
     # neither decides what a trial scores, and so which study it is in
     search = chosen.search.model_copy(update={"parallel": 1, "screen": None})
     chosen = replace(chosen, search=reachable(search, chosen.train))
@@ -323,7 +327,8 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
     if sweep.engine == "stack":
         check_shares_forward(chosen.train)
     start = load_start(chosen, prepared, paths, backbone)
-    name = study_name(chosen, prepared, backbone_identity(chosen), start)
+    identity = backbone_identity(chosen)
+    name = study_name(chosen, prepared, identity, start)
     del backbone  # hosts have their own
     url = read_environment().storage or sweep.storage or f"sqlite:///{paths.sweeps}"
     with (
@@ -333,6 +338,9 @@ def opened(settings: Settings, task: str, sweep: SweepSettings) -> Iterator[Swee
         first = [one.model_dump(exclude_none=True) for one in chosen.search.first]
         study.begin(task, baseline(chosen), first, sweep.transfer)
         made = Sweep(chosen, sweep, paths, study)
+        made.inputs = inputs_of(prepared.identity(), identity[0], start.digest if start else None)
+        made.device = identity[2]
+        begin(study.name)
         made.folder.mkdir(parents=True, exist_ok=True)
         # a sweep goes on with the settings it began with, whatever becomes of the file meanwhile
         shutil.copyfile(settings.path, made.folder / "params.yaml")

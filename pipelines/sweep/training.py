@@ -2,15 +2,16 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from pipelines.schema import SearchSettings
+from pipelines.sweep.hosts import CannotGoOnError
 from pipelines.sweep.job import Job
-from pipelines.sweep.supervise import Ended, NoRoomError, Supervisor
+from pipelines.sweep.supervise import Ended, Supervisor
 from pipelines.sweep.trials import SweepStudy
 
 
@@ -37,6 +38,9 @@ class Order:
     is_finalist: bool
 
 
+OnScore = Callable[[int, float], None]
+"""Called with an epoch and its score on dev, for those who watch."""
+
 IDLE_S = 300.0
 """How long a worker that outlives the sweep keeps processes that nobody gives work to."""
 
@@ -52,12 +56,16 @@ def supervisor(study: str) -> Supervisor:
         return _supervisors.setdefault(study, Supervisor())
 
 
-def end(study: str) -> None:
-    """Kill what this process trains for a study."""
+def begin(study: str) -> None:
+    """Let this process train for a study, again where that was ended."""
     with _lock:
-        found = _supervisors.pop(study, None)
-    if found is not None:
-        found.end()
+        _supervisors.pop(study, None)
+
+
+def end(study: str) -> None:
+    """Kill what this process trains for a study, and train no more until `begin`."""
+    # it stays in its place: a thread that comes late would train a whole trial in a new one
+    supervisor(study).end()
 
 
 @lru_cache(maxsize=8)
@@ -74,15 +82,19 @@ def study_of(order: Order) -> SweepStudy:
     return _study(order.url, order.study, order.search)
 
 
-def train(order: Order) -> Ended:
+def train(order: Order, on_score: OnScore = lambda epoch, score: None) -> Ended:
     """Train to the end, and write down how it ended.
 
+    Args:
+        order: What to train.
+        on_score: Called once for each epoch, those before a checkpoint too.
+
     Raises:
-        PipelineError: The sweep is ending, the study's database is gone, or a disk is full.
+        PipelineError: The sweep is ending, the study's database is gone, or no trial can go on.
     """
     study = study_of(order)
     with _at_work(order.study):
-        return _train_or_say(order, study)
+        return _train_or_say(order, study, on_score)
 
 
 @contextmanager
@@ -110,21 +122,26 @@ def _end_idle(study: str) -> None:
         found.end()
 
 
-def _train_or_say(order: Order, study: SweepStudy) -> Ended:
+def _train_or_say(order: Order, study: SweepStudy, on_score: OnScore) -> Ended:
+    train_one = _train_finalist if order.is_finalist else _train_trial
     try:
-        return _train_finalist(order, study) if order.is_finalist else _train_trial(order, study)
-    except NoRoomError as error:
+        return train_one(order, study, on_score)
+    except CannotGoOnError as error:
         # the sweep waits in another process, perhaps on another machine
         study.set_stop(order.number, str(error))
         raise
 
 
-def _train_trial(order: Order, study: SweepStudy) -> Ended:
+def _train_trial(order: Order, study: SweepStudy, on_score: OnScore) -> Ended:
+    def on_epoch(epoch: int, score: float) -> bool:
+        on_score(epoch, score)
+        return study.report(order.number, epoch, score)
+
     study.begun(order.number)
     before = study.retries(order.number)
     ended = supervisor(order.study).run(
         order.job,
-        lambda epoch, score: study.report(order.number, epoch, score),
+        on_epoch,
         retries=max(0, order.retries - before),
         on_crash=lambda why: study.crashed(order.number, why),
     )
@@ -133,10 +150,11 @@ def _train_trial(order: Order, study: SweepStudy) -> Ended:
     return ended
 
 
-def _train_finalist(order: Order, study: SweepStudy) -> Ended:
+def _train_finalist(order: Order, study: SweepStudy, on_score: OnScore) -> Ended:
     scores: list[float] = []
 
     def on_epoch(epoch: int, score: float) -> bool:
+        on_score(epoch, score)
         scores.append(score)
         return False
 

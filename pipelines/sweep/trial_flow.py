@@ -10,10 +10,10 @@ from prefect.states import Cancelled, Failed
 
 from pipelines.errors import PipelineError
 from pipelines.sweep import beats
-from pipelines.sweep.engines import state_of
+from pipelines.sweep.engines import train_and_log
 from pipelines.sweep.orders import unpacked
 from pipelines.sweep.pool import REFUSED
-from pipelines.sweep.training import Order, end, study_of, train
+from pipelines.sweep.training import Order, end, study_of
 from pipelines.sweep.trials import SweepStudy
 from ptv2_core.errors import PTv2Error
 
@@ -46,14 +46,13 @@ def ptv2_trial(order: dict[str, Any], place: int, token: str) -> State[Any]:
             return Cancelled(message=NOT_OURS)
         heartbeat_s = received.job.heartbeat_s
         with beats.beating(study, place, token, heartbeat_s=heartbeat_s, on_lost=on_lost):
-            ended = train(received)
+            return train_and_log(received)
     except PTv2Error as error:
         if lost.is_set():
             return Cancelled(message=NOT_OURS)
         return Failed(message=str(error))
     finally:
         end(received.study)
-    return state_of(ended)
 
 
 def _opened(order: Order) -> SweepStudy:

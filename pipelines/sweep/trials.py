@@ -4,32 +4,26 @@ A trial that is running when its sweep dies is no trial lost: it keeps its numbe
 drawn, and the next sweep takes it over. So a study has exactly as many trials as were asked for.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import optuna
-import sqlalchemy
-from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError
 
-from pipelines.errors import PipelineError
 from pipelines.paths import alone
 from pipelines.schema import SearchSettings
-from pipelines.settings import set_environment_defaults
-from pipelines.study import FINISHED, new_pruner, new_sampler, suggest
+from pipelines.study import FINISHED, new_sampler, suggest
+from pipelines.study_pruners import new_pruner
 from pipelines.sweep.record import Origin, TrialRecord
 from pipelines.sweep.record import TrialState as State
 from pipelines.sweep.serverlock import ServerLock
+from pipelines.sweep.storages import open_storage, patiently
 from pipelines.sweep.supervise import Ended
-from pipelines.sweep.urls import shown
 
 ORIGIN, STATE, RETRIES, MESSAGE = "origin", "state", "retries", "message"
 STOP = "stop"
@@ -37,11 +31,6 @@ TASK, SEEDED = "task", "seeded"
 SEED_PREFIX = "seed"
 BEGUN = "begun"
 LOST = "its worker was lost"
-
-LOST_FOR_S = 120.0
-"""How long a database may be away: a restart takes seconds, a failover a minute."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,48 +46,6 @@ class Asked:
     number: int
     params: dict[str, Any]
     is_taken_over: bool
-
-
-@lru_cache
-def open_storage(url: str) -> BaseStorage:
-    """Return the database at a URL; the threads of a process share it.
-
-    Raises:
-        PipelineError: It does not answer, or cannot be used.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url.startswith("grpc://"):
-        return _open_proxy(url)
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        engine: dict[str, Any] = {"connect_args": {"timeout": 60}}
-    else:
-        engine = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
-    try:
-        return RDBStorage(url, engine_kwargs=engine)
-    except (DBAPIError, ImportError, sqlalchemy.exc.ArgumentError) as error:
-        hint = ""
-        if isinstance(error, ImportError):
-            hint = "; install its driver, for PostgreSQL with `pip install 'ptv2[postgres]'`"
-        raise PipelineError(f"sweep.storage: {shown(url)}: {_first_line(error)}{hint}") from error
-
-
-def _open_proxy(url: str) -> BaseStorage:
-    host, _, port = url.removeprefix("grpc://").rpartition(":")
-    if not (host and port.isdecimal()):
-        raise PipelineError(f"sweep.storage: expected grpc://HOST:PORT, got {url}")
-    # what http_proxy is set for lies further away than a study's database
-    set_environment_defaults({"no_grpc_proxy": host})
-    try:
-        with warnings.catch_warnings():
-            # it is pinned, and tested with that version
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return cast(BaseStorage, optuna.storages.GrpcStorageProxy(host=host, port=int(port)))
-    except ImportError as error:
-        raise PipelineError(
-            f"sweep.storage: {url} needs a package that is not installed ({error.name}); install "
-            "it with `pip install grpcio`"
-        ) from error
 
 
 class SweepStudy:
@@ -180,7 +127,7 @@ class SweepStudy:
     ) -> None:
         if self._study.user_attrs.get(SEEDED):
             return
-        earlier = self._earlier(task, transfer) if transfer else []
+        earlier = self._earlier(task, transfer, [baseline, *first]) if transfer else []
         queued: list[tuple[Origin, Mapping[str, Any]]] = [
             ("baseline", baseline),
             *(("first", one) for one in first),
@@ -194,11 +141,13 @@ class SweepStudy:
         self._study.set_user_attr(TASK, task)
         self._study.set_user_attr(SEEDED, True)
 
-    def _earlier(self, task: str, count: int) -> list[dict[str, Any]]:
+    def _earlier(
+        self, task: str, count: int, known: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """Return the best settings of other studies: this task's first, the newest first."""
         names = set(self._search.space.model_dump(exclude_none=True))
-        found: list[tuple[bool, Any, list[dict[str, Any]]]] = []
-        for summary in optuna.get_all_study_summaries(self._storage):
+        found: list[tuple[bool, datetime, list[dict[str, Any]]]] = []
+        for summary in optuna.get_all_study_summaries(self._storage, include_best_trial=False):
             if summary.study_name == self.name or TASK not in summary.user_attrs:
                 continue
             study = optuna.load_study(study_name=summary.study_name, storage=self._storage)
@@ -209,12 +158,19 @@ class SweepStudy:
                 for one in ranked
                 if set(one.params) == names and self._search.space.contains(one.params)
             ]
-            is_same = summary.user_attrs[TASK] == task
-            found.append((is_same, summary.datetime_start, fitting))
+            # a study whose sweep died early has no trial that began, and no date
+            if fitting and summary.datetime_start is not None:
+                is_same = summary.user_attrs[TASK] == task
+                found.append((is_same, summary.datetime_start, fitting))
         found.sort(key=lambda one: (one[0], one[1]), reverse=True)
         # the best of each study, then the second best of each, and so on
         rounds = zip_longest(*(fitting for *_, fitting in found))
-        return [one for turn in rounds for one in turn if one is not None][:count]
+        best: list[dict[str, Any]] = []
+        for one in (one for turn in rounds for one in turn):
+            # studies pass their best on to each other: it is tried once, and leaves its place
+            if one is not None and one not in best and one not in known:
+                best.append(one)
+        return best[:count]
 
     def ask(self, n_trials: int) -> Asked | None:
         """Return a trial to train: one that a dead sweep left, or a new one.
@@ -316,7 +272,9 @@ class SweepStudy:
         frozen = self._frozen(number)
         if frozen.state.is_finished():
             return
-        self._note(number, STATE, ended.state)
+        # all other states are Optuna's own, and each note is a commit
+        if ended.state == "crashed":
+            self._note(number, STATE, ended.state)
         if ended.message != frozen.user_attrs.get(MESSAGE, ""):
             self._note(number, MESSAGE, ended.message)
         scores = frozen.intermediate_values.values()
@@ -356,21 +314,20 @@ class SweepStudy:
         trials = self.trials()
         if patience is None or len(trials) <= patience:
             return ""
-        best = max((one.value for one in trials[:-patience] if one.value is not None), default=None)
-        late = max((one.value for one in trials[-patience:] if one.value is not None), default=None)
+        best, late = _best(trials[:-patience]), _best(trials[-patience:])
         if best is None or (late is not None and late > best + margin):
             return ""
         return f"none of the last {patience} trials gained more than {margin:g} on dev"
 
-    def seed_scores(self) -> dict[tuple[int, int], float]:
-        """Return the scores of finalists by trial and seed."""
+    def seed_scores(self) -> dict[tuple[int, int], float | None]:
+        """Return the scores of finalists by trial and seed; none where a training failed."""
         attrs = patiently(lambda: self._study.user_attrs)
-        found = {}
+        found: dict[tuple[int, int], float | None] = {}
         for name, score in attrs.items():
             prefix, _, rest = name.partition(":")
-            if prefix == SEED_PREFIX and score is not None:
+            if prefix == SEED_PREFIX:
                 number, _, seed = rest.partition(":")
-                found[int(number), int(seed)] = float(score)
+                found[int(number), int(seed)] = None if score is None else float(score)
         return found
 
     def note(self, key: str, value: Any) -> None:
@@ -409,15 +366,24 @@ def _seed_key(number: int, seed: int) -> str:
     return f"{SEED_PREFIX}:{number}:{seed}"
 
 
+def _best(trials: Sequence[TrialRecord]) -> float | None:
+    """Return the best score of those that can win: what was pruned cannot, whatever it reached."""
+    scores = [one.value for one in trials if one.state == "complete" and one.value is not None]
+    return max(scores, default=None)
+
+
 def _record(frozen: FrozenTrial) -> TrialRecord:
     attrs = frozen.user_attrs
     scores = tuple(frozen.intermediate_values[step] for step in sorted(frozen.intermediate_values))
-    by_optuna = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
-    state = by_optuna.get(frozen.state, attrs.get(STATE, "failed"))
+    by_optuna: dict[TrialState, State] = {
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "pruned",
+    }
+    state = by_optuna.get(frozen.state, "crashed" if attrs.get(STATE) == "crashed" else "failed")
     has_value = scores and state in ("complete", "pruned")
     return TrialRecord(
         number=frozen.number,
-        state=cast(State, state),
+        state=state,
         params=dict(frozen.params),
         origin=attrs.get(ORIGIN, "drawn"),
         epochs=scores,
@@ -426,46 +392,3 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         retries=int(attrs.get(RETRIES, 0)),
         message=str(attrs.get(MESSAGE, "")),
     )
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Call what asks the database, again and again while it is away.
-
-    Raises:
-        PipelineError: It stays away, or cannot be written.
-    """
-    deadline = time.monotonic() + LOST_FOR_S
-    wait_s = 0.1
-    while True:
-        try:
-            return call()
-        except _away() as error:
-            said = _first_line(error)
-            # SQLite calls all but a full disk, such as a quota, an error of the disk
-            finals = ("is full", "readonly", "No space left", "disk I/O error")
-            is_full = any(words in said for words in finals)
-            if is_full or time.monotonic() > deadline:
-                raise PipelineError(
-                    f"the study's database cannot be used: {said}; no finished trial is lost: mend "
-                    "it, and the same command goes on"
-                ) from error
-        time.sleep(wait_s)
-        wait_s = min(wait_s * 2, 5.0)
-
-
-@lru_cache
-def _away() -> tuple[type[BaseException], ...]:
-    """Return what is raised while a database is away; gRPC's only where gRPC is installed."""
-    found: tuple[type[BaseException], ...] = (DBAPIError, optuna.exceptions.StorageInternalError)
-    try:
-        import grpc
-    except ImportError:
-        return found
-    return (*found, grpc.RpcError)
-
-
-def _first_line(error: BaseException) -> str:
-    # the text of an error of gRPC begins with a table of its parts
-    told = getattr(error, "details", None)
-    words = str(told() if callable(told) else error.__cause__ or error)
-    return words.removeprefix("Exception calling application: ").strip().splitlines()[0]

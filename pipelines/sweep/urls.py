@@ -1,5 +1,6 @@
 """Where a study's database is, and a cluster, as params.yaml says it."""
 
+import ipaddress
 from urllib.parse import urlsplit
 
 import sqlalchemy
@@ -32,3 +33,11 @@ def host_and_port(address: str) -> tuple[str | None, int | None]:
     except ValueError:
         return None, None
     return (parts.hostname, port) if port is not None else (None, None)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine, to itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

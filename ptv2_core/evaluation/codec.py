@@ -33,11 +33,13 @@ class Asked:
     """Inputs as rows.
 
     Attributes:
+        inputs: As they were given.
         examples: One for each input.
         split: Their rows.
         is_cut: For each input, whether it was cut to the maximal length.
     """
 
+    inputs: Sequence[Mapping[str, Any]]
     examples: Sequence[Example]
     split: EncodedSplit
     is_cut: Sequence[bool]
@@ -99,7 +101,7 @@ class Codec:
         )
         if not self._token_types:
             split = replace(split, token_type_ids=np.zeros_like(split.token_type_ids))
-        return Asked(examples=examples, split=split, is_cut=is_cut)
+        return Asked(inputs=inputs, examples=examples, split=split, is_cut=is_cut)
 
     def logits_by_input(self, asked: Asked, logits: Sequence[Tensor]) -> list[Tensor]:
         """Return the logits of each input, see `Predictor.logits`.
@@ -199,18 +201,36 @@ def _choices(codec: Codec, asked: Asked, logits: Sequence[Tensor]) -> list[dict[
 
 def _tags(codec: Codec, asked: Asked, logits: Sequence[Tensor]) -> list[dict[str, Any]]:
     found = []
-    for example, tags in zip(asked.examples, codec.answers(asked, logits), strict=True):
+    answers = codec.answers(asked, logits)
+    for given, example, tags in zip(asked.inputs, asked.examples, answers, strict=True):
         assert isinstance(example, TokensExample), "a task of words has nothing else"
+        # of all kinds tagging alone takes a text in place of words
+        is_text = codec.task.kind == "tagging" and not isinstance(given.get("tokens"), list)
+        text = str(given["text"]) if is_text else " ".join(example.tokens)
+        places = _places(text, example.tokens)
         named = [
             {
                 "type": span.type,
                 "start": span.start,
                 "end": span.end,
+                "start_char": places[span.start][0],
+                "end_char": places[span.end - 1][1],
                 "text": " ".join(example.tokens[span.start : span.end]),
             }
             for span in spans(tags)
         ]
         found.append({"tokens": list(example.tokens), "tags": list(tags), "spans": named})
+    return found
+
+
+def _places(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Return at which characters each word begins and ends in a text of nothing else."""
+    found, at = [], 0
+    for token in tokens:
+        # from the end of the word before there is white space alone, and no word is that
+        start = text.index(token, at)
+        at = start + len(token)
+        found.append((start, at))
     return found
 
 

@@ -6,27 +6,32 @@ All of it runs on one event loop, which never waits for a process.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ptv2_core.data.encoding import EncodedSplit
-from ptv2_serving.answering import BusyError, DeadlineError, NotReadyError, ServingError
-from ptv2_serving.engine.forward import BackboneChoice, Row
-from ptv2_serving.engine.process import Host
-from ptv2_serving.engine.waiting import Item, Waiting
+from ptv2_serving.answering import (
+    BusyError,
+    DeadlineError,
+    NotReadyError,
+    ServingError,
+    TooLongError,
+)
+from ptv2_serving.engine.forward import BackboneChoice
+from ptv2_serving.engine.pool import Pool, Worker
+from ptv2_serving.engine.requests import Computed, Request, Trial, rows_of
+from ptv2_serving.engine.waiting import Item, Waiting, in_batches
 
-# between the end of a process and its successor, so that one that cannot live is not a busy loop
-RESTART_AFTER_S = 0.5
 # of the latest batch in the running estimate of rows a second
 RATE_WEIGHT = 0.1
+TRIAL_TIMEOUT_S = 60.0
+CLOSING = "the server is closing; ask again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class EngineConfig:
         token_budget: Padded tokens of a batch at most; a longer row stands alone.
         batch_rows: Rows of a batch at most.
         queue_rows: Rows that wait at most; beyond, requests are refused.
+        request_rows: Rows of a request at most; one of more is refused for good.
     """
 
     processes: int = 1
@@ -46,6 +52,7 @@ class EngineConfig:
     token_budget: int = 1024
     batch_rows: int = 64
     queue_rows: int = 2048
+    request_rows: int = 2048
 
 
 @dataclass(kw_only=True)
@@ -57,58 +64,6 @@ class Counts:
     tasks: int = 0
     tokens: int = 0
     padded: int = 0
-    restarts: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Computed:
-    """What a request's rows gave.
-
-    Attributes:
-        logits: Of each row, `[C]` or `[T, C]`.
-        queued_s: How long the first row waited.
-        computed_s: From then to the last row's logits.
-    """
-
-    logits: Sequence[Tensor]
-    queued_s: float
-    computed_s: float
-
-
-class Request:
-    """Rows whose logits somebody waits for."""
-
-    def __init__(self, rows: int, done: "asyncio.Future[None]") -> None:
-        """Expect so many rows; `missing` of them are not there yet."""
-        self.done = done
-        self.logits: list[Tensor | None] = [None] * rows
-        self.taken_at = time.monotonic()
-        self.started_at: float | None = None
-        self.missing = rows
-
-    def deliver(self, place: int, logits: Tensor) -> None:
-        """Take a row's logits; the last ends the wait."""
-        if self.done.done():
-            return
-        self.logits[place] = logits
-        self.missing -= 1
-        if not self.missing:
-            self.done.set_result(None)
-
-    def fail(self, error: ServingError) -> None:
-        """End the wait with an error."""
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Process:
-    """One process that computes, as the engine sees it."""
-
-    connection: Connection
-    is_ready: bool = False
-    batches: dict[int, list[Item]] = field(default_factory=dict)
-    calls: dict[int, "asyncio.Future[Any]"] = field(default_factory=dict)
 
 
 class Engine:
@@ -118,30 +73,30 @@ class Engine:
         """Remember the settings; `start` begins."""
         self.config = config
         self.counts = Counts()
-        self.backbone: dict[str, Any] = {}
         self.sizes: dict[int, int] = {}
-        self._choice = choice
+        self.pool = Pool(choice, self, processes=config.processes, threads=config.threads)
         self._waiting = Waiting(token_budget=config.token_budget, batch_rows=config.batch_rows)
-        self._host: Host | None = None
-        self._processes: list[_Process] = []
         self._resident: dict[int, Path] = {}
         self._alone: set[int] = set()
         self._users: Counter[int] = Counter()
         self._leaving: set[int] = set()
         self._free: list[int] = []
-        self._numbers = count()
         self._slots = count()
         self._is_closing = False
         self._pumps = False
         self._rows_per_s = 0.0
-        self._restarts: set[asyncio.Task[None]] = set()
 
     # What it holds
 
     @property
+    def backbone(self) -> Mapping[str, Any]:
+        """What its processes say of the backbone; empty before they are ready."""
+        return self.pool.backbone
+
+    @property
     def num_ready(self) -> int:
         """Processes that compute now."""
-        return sum(process.is_ready for process in self._processes)
+        return len(self.pool.ready)
 
     @property
     def num_waiting(self) -> int:
@@ -151,7 +106,12 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Rows that are being computed."""
-        return sum(len(batch) for process in self._processes for batch in process.batches.values())
+        batches = (worker.batches.values() for worker in self.pool.workers)
+        return sum(len(batch) for own in batches for batch in own)
+
+    def folders(self) -> Mapping[int, Path]:
+        """Return the folder of each resident prompt, by slot."""
+        return self._resident
 
     async def start(self) -> None:
         """Load the backbone and start all processes.
@@ -159,85 +119,67 @@ class Engine:
         Raises:
             ServingError: The backbone is not there, or a process ended before it was ready.
         """
-        await self._start_host()
-
-    async def _start_host(self) -> None:
-        loop = asyncio.get_running_loop()
-        host = await loop.run_in_executor(
-            None,
-            lambda: Host(self._choice, threads=self.config.threads, name="ptv2-engine"),
-        )
-        self._host = host
-        await self._join(host.first)
-        is_forked = self.backbone["device"] == "cpu"
-        for _ in range(self.config.processes - 1 if is_forked else 0):
-            await self._join(host.fork())
-
-    async def _join(self, connection: Connection) -> None:
-        """Wait until a process is ready, tell it what is resident, and let it compute."""
-        process = _Process(connection=connection)
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[Any] = loop.create_future()
-        process.calls[-1] = ready
-        self._processes.append(process)
-        loop.add_reader(connection.fileno(), self._on_message, process)
-        self.backbone = await ready
-        await asyncio.gather(
-            *(self._put_in(process, slot, path) for slot, path in self._resident.items())
-        )
-        process.is_ready = True
-        self._pump()
+        await self.pool.start()
 
     async def close(self) -> None:
         """End all processes; requests that still wait fail."""
         self._is_closing = True
-        for task in list(self._restarts):
-            task.cancel()
-        for process in list(self._processes):
-            self._lose(process)
-        for item in list(self._waiting):
-            item.request.fail(NotReadyError("the server is closing; ask again"))
-            self._waiting.discard([item])
-        if self._host is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._host.end)
+        waiting = list(self._waiting)
+        self._waiting.discard(waiting)
+        for item in waiting:
+            item.request.fail(NotReadyError(CLOSING))
+        await self.pool.close()
 
     # Prompts
 
-    async def put(self, folder: Path, *, alone: bool) -> int:
+    async def put(self, folder: Path, *, alone: bool, trial: Trial | None = None) -> int:
         """Load a verified prompt into all processes; return its slot.
 
         Args:
-            folder: Holds its two files for as long as it is resident.
+            folder: Holds its two files for as long as it is resident, see `move`.
             alone: Whether its rows share a batch with no other prompt's.
+            trial: Computed by every process before the slot is returned; it goes before all rows
+                that wait.
 
         Raises:
-            ServingError: It could not be loaded.
+            ServingError: It could not be loaded, or its trial not be computed.
+            PTv2Error: What the trial's check raises. In each case nothing is left of the prompt.
         """
         slot = self._free.pop() if self._free else next(self._slots)
         self._resident[slot] = folder
         if alone:
             self._alone.add(slot)
         try:
-            sizes = await asyncio.gather(
-                *(self._put_in(process, slot, folder) for process in self._processes)
-            )
-        except ServingError:
-            self._forget(slot)
+            self.sizes[slot] = await self._put(slot, folder, trial)
+        except BaseException:
+            self.drop(slot)
             raise
-        self.sizes[slot] = sum(sizes)
         return slot
 
-    async def _put_in(self, process: _Process, slot: int, folder: Path) -> int:
-        try:
-            size: int = await self._call(process, "put", slot, str(folder))
-        except ConnectionError:
-            return 0  # its successor is told before it computes
-        return size
+    async def _put(self, slot: int, folder: Path, trial: Trial | None) -> int:
+        rows = [] if trial is None else rows_of(trial.split, slot)
+        limits = {"token_budget": self.config.token_budget, "batch_rows": self.config.batch_rows}
+        batches = [[row.to_tuple() for row in batch] for batch in in_batches(rows, **limits)]
+        answers = await self.pool.call_all("put", slot, str(folder), batches)
+        if trial is not None:
+            for _, logits in answers:
+                trial.check([torch.from_numpy(own) for own in logits])
+            if not answers:
+                # all processes ended just now: their successors have the prompt, and are asked
+                computed = await self.compute(slot, trial.split, timeout_s=TRIAL_TIMEOUT_S)
+                trial.check(computed.logits)
+        return sum(size for size, _ in answers)
+
+    def move(self, slot: int, folder: Path) -> None:
+        """Say where a resident prompt's files lie now, for processes that start later."""
+        if slot in self._resident:
+            self._resident[slot] = folder
 
     def drop(self, slot: int) -> None:
-        """Forget a prompt as soon as no request waits for it."""
-        self._leaving.add(slot)
-        self._sweep(slot)
+        """Forget a prompt as soon as no request waits for it; nothing where there is none."""
+        if slot in self._resident:
+            self._leaving.add(slot)
+            self._sweep(slot)
 
     @contextmanager
     def held(self, slot: int) -> Iterator[None]:
@@ -253,12 +195,8 @@ class Engine:
         if slot not in self._leaving or self._users[slot]:
             return
         self._leaving.discard(slot)
-        for process in self._processes:
-            self._tell(process, ("drop", next(self._numbers), slot))
-        self._forget(slot)
-
-    def _forget(self, slot: int) -> None:
-        self._resident.pop(slot, None)
+        self.pool.tell_all("drop", slot)
+        self._resident.pop(slot)
         self.sizes.pop(slot, None)
         self._alone.discard(slot)
         self._users.pop(slot, None)
@@ -280,21 +218,16 @@ class Engine:
             yields: Whether to give way: refused as soon as half of the queue is taken.
 
         Raises:
+            TooLongError: They are more than a request may have.
             BusyError: The queue is full.
             DeadlineError: `timeout_s` went by.
             NotReadyError: The engine is closing.
             ServingError: The rows cannot be computed.
         """
         if self._is_closing:
-            raise NotReadyError("the server is closing; ask again")
-        rows = _rows(split, slot)
-        limit = self.config.queue_rows // 2 if yields else self.config.queue_rows
-        # an idle queue takes any request, or one of more rows than the limit never had a chance
-        if self._waiting and len(self._waiting) + len(rows) > limit:
-            raise BusyError(
-                f"{len(self._waiting)} rows wait already, {limit} at most; ask again later",
-                retry_after_s=self._delay_s(),
-            )
+            raise NotReadyError(CLOSING)
+        self.check_room(len(split), yields=yields)
+        rows = rows_of(split, slot)
         if not rows:
             return Computed(logits=[], queued_s=0.0, computed_s=0.0)
         request = Request(len(rows), asyncio.get_running_loop().create_future())
@@ -324,6 +257,32 @@ class Engine:
             computed_s=now - started,
         )
 
+    def check_room(self, rows: int, *, coming: int = 0, yields: bool = False) -> None:
+        """Refuse rows that nobody could wait for.
+
+        Args:
+            rows: How many, at least.
+            coming: Rows of requests that were taken and do not wait here yet.
+            yields: As for `compute`.
+
+        Raises:
+            TooLongError: They are more than a request may have.
+            BusyError: The queue is full.
+        """
+        if rows > self.config.request_rows:
+            raise TooLongError(
+                f"expected at most {self.config.request_rows:,} rows in a request (texts, choices, "
+                f"or windows of a context), got {rows:,}; ask in several requests"
+            )
+        limit = self.config.queue_rows // 2 if yields else self.config.queue_rows
+        taken = len(self._waiting) + coming
+        # an idle queue takes any request, or one of more rows than the limit never had a chance
+        if taken and taken + rows > limit:
+            raise BusyError(
+                f"{taken} rows wait already, {limit} at most; ask again later",
+                retry_after_s=self._delay_s(),
+            )
+
     def _delay_s(self) -> float:
         """Return about how long the rows that wait will take."""
         return min(max(len(self._waiting) / max(self._rows_per_s, 1.0), 0.1), 60.0)
@@ -332,91 +291,48 @@ class Engine:
         """Give out batches once all that arrived together is there."""
         if not self._pumps:
             self._pumps = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self.on_free)
 
-    def _pump(self) -> None:
+    def on_free(self) -> None:
         """Give every process that has none a batch; and a second one if that would be full."""
         self._pumps = False
         while self._waiting:
-            ready = [process for process in self._processes if process.is_ready]
             depth = 2 if self._waiting.is_full() else 1
-            free = [process for process in ready if len(process.batches) < depth]
+            free = [worker for worker in self.pool.ready if len(worker.batches) < depth]
             if not free:
                 return
-            process = min(free, key=lambda one: len(one.batches))
+            worker = min(free, key=lambda one: len(one.batches))
             items = [item for item in self._waiting.take() if not item.request.done.done()]
             if items:
-                self._give(process, items)
+                self._give(worker, items)
 
-    def _give(self, process: _Process, items: list[Item]) -> None:
-        number, now = next(self._numbers), time.monotonic()
+    def _give(self, worker: Worker, items: list[Item]) -> None:
+        now = time.monotonic()
         for item in items:
             if item.request.started_at is None:
                 item.request.started_at = now
-        process.batches[number] = items
-        rows = [
-            (item.row.slot, item.row.input_ids, item.row.token_type_ids, item.row.read_at)
-            for item in items
-        ]
         sizes = [item.tokens for item in items]
         self.counts.batches += 1
         self.counts.rows += len(items)
         self.counts.tasks += len({item.row.slot for item in items})
         self.counts.tokens += sum(sizes)
         self.counts.padded += max(sizes) * len(sizes)
-        self._tell(process, ("run", number, rows))
+        self.pool.give(worker, items)
 
-    # Messages
-
-    async def _call(self, process: _Process, kind: str, *arguments: Any) -> Any:
-        number = next(self._numbers)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        process.calls[number] = answer
-        self._tell(process, (kind, number, *arguments))
-        return await answer
-
-    def _tell(self, process: _Process, message: tuple[Any, ...]) -> None:
-        try:
-            process.connection.send(message)
-        except OSError:
-            self._lose(process)
-
-    def _on_message(self, process: _Process) -> None:
-        try:
-            message = process.connection.recv()
-        except (EOFError, OSError):
-            self._lose(process)
-            return
-        kind, number, *rest = message
-        if kind == "ready":
-            process.calls.pop(-1).set_result(rest[0] | {"pid": number})
-        elif kind == "refused":
-            process.calls.pop(-1).set_exception(ServingError(number))
-        elif number in process.batches:
-            items = process.batches.pop(number)
-            if kind == "ran":
-                self._deliver(items, rest[0])
-            else:
-                self._ask_again(items, rest[0])
-            self._pump()
-        elif number in process.calls:
-            answer = process.calls.pop(number)
-            if answer.done():
-                return
-            if kind == "failed":
-                answer.set_exception(ServingError(rest[0]))
-            else:
-                answer.set_result(rest[0])
-
-    def _deliver(self, items: Sequence[Item], logits: Sequence[Any]) -> None:
+    def on_logits(self, items: Sequence[Item], logits: Sequence[Any]) -> None:
+        """Deliver a batch; None stands for a row whose prompt the process does not hold."""
         now = time.monotonic()
         for item, own in zip(items, logits, strict=True):
-            item.request.deliver(item.place, torch.from_numpy(own))
+            if own is None:
+                problem = "a process of the engine lacks its prompt; the server's log says why"
+                item.request.fail(ServingError(f"the answer could not be computed: {problem}"))
+            else:
+                item.request.deliver(item.place, torch.from_numpy(own))
         started = items[0].request.started_at or now
         rate = len(items) / max(now - started, 1e-4) * self.num_ready
         self._rows_per_s += RATE_WEIGHT * (rate - self._rows_per_s)
 
-    def _ask_again(self, items: Sequence[Item], problem: str) -> None:
+    def on_failed(self, items: Sequence[Item], problem: str) -> None:
         """Compute each row of a failed batch alone: one of them may be what is wrong.
 
         Processes can die together, each with rows that another one left. So a row may meet the end
@@ -424,64 +340,11 @@ class Engine:
         """
         again = []
         for item in items:
-            if item.attempts >= self.config.processes:
+            if self._is_closing:
+                item.request.fail(NotReadyError(CLOSING))
+            elif item.attempts >= self.config.processes:
                 item.request.fail(ServingError(f"the answer could not be computed: {problem}"))
             elif not item.request.done.done():
                 again.append(replace(item, mixes=object(), attempts=item.attempts + 1))
         self._waiting.add(again, first=True)
         self._pump_soon()
-
-    def _lose(self, process: _Process) -> None:
-        """Forget a process that ended, compute its rows elsewhere, and start another."""
-        if process not in self._processes:
-            return
-        self._processes.remove(process)
-        asyncio.get_running_loop().remove_reader(process.connection.fileno())
-        process.connection.close()
-        was_ready, process.is_ready = process.is_ready, False
-        for answer in process.calls.values():
-            if not answer.done():
-                error = (
-                    ConnectionResetError("the process ended")
-                    if was_ready
-                    else ServingError("a process of the engine ended before it was ready")
-                )
-                answer.set_exception(error)
-        for items in process.batches.values():
-            self._ask_again(items, "the process that computed it ended")
-        if was_ready and not self._is_closing:
-            self.counts.restarts += 1
-            task = asyncio.get_running_loop().create_task(self._restart())
-            self._restarts.add(task)
-            task.add_done_callback(self._restarts.discard)
-
-    async def _restart(self) -> None:
-        """Fork another process; where the one to fork from ended as well, load anew."""
-        while not self._is_closing:
-            await asyncio.sleep(RESTART_AFTER_S)
-            host = self._host
-            assert host is not None, "a process that was ready had one"
-            try:
-                if host.process.is_alive() and self.backbone["device"] == "cpu":
-                    await self._join(host.fork())
-                elif not self._processes:
-                    await asyncio.get_running_loop().run_in_executor(None, host.end)
-                    await self._start_host()
-            except (OSError, ServingError):
-                continue
-            return
-
-
-def _rows(split: EncodedSplit, slot: int) -> list[Row]:
-    """Return a split's rows, each with arrays of its own."""
-    edges = split.offsets.tolist()
-    has_types = bool(split.token_type_ids.any())
-    return [
-        Row(
-            slot,
-            split.input_ids[start:end],
-            split.token_type_ids[start:end] if has_types else None,
-            int(split.read_at[place]) if len(split.read_at) else -1,
-        )
-        for place, (start, end) in enumerate(zip(edges, edges[1:], strict=False))
-    ]

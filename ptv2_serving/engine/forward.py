@@ -76,6 +76,10 @@ class Row:
     token_type_ids: IntArray | None
     read_at: int
 
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return what a message holds of it."""
+        return self.slot, self.input_ids, self.token_type_ids, self.read_at
+
 
 class Forward:
     """Answers batches. A slot that is dropped is used again; its number is the caller's choice."""
@@ -85,8 +89,7 @@ class Forward:
         self.backbone = backbone
         self._model = PromptedModel(backbone, PromptBank(backbone.spec.shape), [])
         self._model.eval()
-        # what a slot without a prompt holds
-        self._nothing = PromptBank(backbone.spec.shape)
+        self._held: set[int] = set()
 
     def put(self, slot: int, folder: Path) -> int:
         """Load a prompt that was verified before; return the bytes that it takes.
@@ -105,12 +108,19 @@ class Forward:
         while len(self._model.heads) < slot:
             self._fill(len(self._model.heads))
         self._model.put(slot, prompt, manifest.prompt, head)
+        self._held.add(slot)
         parts = [*prompt.parameters(), *head.parameters()]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def drop(self, slot: int) -> None:
-        """Forget a slot's prompt."""
-        self._fill(slot)
+        """Forget a slot's prompt, if it has one."""
+        if slot in self._held:
+            self._held.discard(slot)
+            self._fill(slot)
+
+    def holds(self, slot: int) -> bool:
+        """Tell whether a slot has a prompt."""
+        return slot in self._held
 
     def _fill(self, slot: int) -> None:
         from ptv2_core.config import PromptConfig

@@ -8,7 +8,8 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -141,29 +142,69 @@ def _answer(connection: Connection, make: Callable[[], Forward], threads: int) -
             },
         )
     )
+    inbox: deque[tuple[Any, ...]] = deque()
     while True:
         try:
-            message = connection.recv()
+            while not inbox or connection.poll():
+                inbox.append(connection.recv())
         except (EOFError, OSError):
             return
         try:
-            connection.send(_reply(forward, message))
+            connection.send(_reply(forward, _next(inbox)))
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def _next(inbox: deque[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Take the next message: prompts before batches, so that a swap waits for one at most.
+
+    A row whose prompt has gone by then is one that nobody waits for.
+    """
+    place = next((at for at, message in enumerate(inbox) if message[0] != "run"), 0)
+    message = inbox[place]
+    del inbox[place]
+    return message
 
 
 def _reply(forward: Forward, message: tuple[Any, ...]) -> tuple[Any, ...]:
     kind, number, *rest = message
     try:
         if kind == "put":
-            slot, folder = rest
-            return ("put", number, forward.put(slot, Path(folder)))
+            slot, folder, batches = rest
+            size = forward.put(slot, Path(folder))
+            return ("put", number, (size, [own for rows in batches for own in _run(forward, rows)]))
+        if kind == "fill":
+            return ("filled", number, _fill(forward, rest[0]))
         if kind == "drop":
             forward.drop(rest[0])
             return ("dropped", number, None)
-        return ("ran", number, forward.run([Row(*row) for row in rest[0]]))
-    except PTv2Error as error:
-        return ("failed", number, str(error))
-    except (RuntimeError, MemoryError) as error:
-        # torch says so when memory is short; the process can go on
-        return ("failed", number, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return ("ran", number, _run(forward, rest[0]))
+    except Exception as error:
+        # whatever a row or a prompt did, torch and the process can go on
+        return ("failed", number, _words(error))
+
+
+def _run(forward: Forward, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return each row's logits; None where its slot has no prompt."""
+    named = [Row(*row) for row in rows]
+    known = [row for row in named if forward.holds(row.slot)]
+    found = iter(forward.run(known) if known else ())
+    return [next(found) if forward.holds(row.slot) else None for row in named]
+
+
+def _fill(forward: Forward, folders: Sequence[tuple[int, str]]) -> dict[int, str]:
+    """Load many prompts; return what is wrong with those that could not be, by slot."""
+    problems = {}
+    for slot, folder in folders:
+        try:
+            forward.put(slot, Path(folder))
+        except Exception as error:
+            # the others still answer
+            problems[slot] = _words(error)
+    return problems
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, PTv2Error):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

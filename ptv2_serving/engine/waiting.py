@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ptv2_serving.engine.forward import Row
 
 if TYPE_CHECKING:
-    from ptv2_serving.engine.engine import Request
+    from ptv2_serving.engine.requests import Request
 
 # how many of the longest waiting rows are looked at for a batch
 LOOKED_AT = 512
@@ -110,3 +110,18 @@ class Waiting:
             longest = width
         self.discard(batch)
         return batch
+
+
+def in_batches(rows: Sequence[Row], *, token_budget: int, batch_rows: int) -> list[list[Row]]:
+    """Return rows as batches in their order; limits as for `Waiting`."""
+    batches: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.input_ids))
+        is_room = batches and len(batches[-1]) < batch_rows
+        if is_room and longest * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest = len(row.input_ids)
+    return batches

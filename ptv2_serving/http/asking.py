@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from starlette.types import Receive
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.evaluation.inputs import TEXT_KINDS, input_fields
 from ptv2_serving.answering import Answer, Service, TaskStatus, UnknownTaskError
-from ptv2_serving.http.bodies import read_json
+from ptv2_serving.http.bodies import discard, read_json
 from ptv2_serving.http.config import ServeConfig
 from ptv2_serving.http.exchanges import Exchange, Traffic
 from ptv2_serving.http.problems import ClientGoneError, ProblemError
@@ -22,9 +23,13 @@ BUSY_RETRY_S = 1.0
 # how long the list of tasks is believed, and how soon a name that is not on it is looked for again
 BELIEVED_S = 1.0
 SOUGHT_AGAIN_S = 0.1
+# how long while as many prompts are loaded and none was swapped: thousands of tasks take a while
+UNCHANGED_S = 10.0
 MAX_SHOWN = 20
 
 Result = TypeVar("Result")
+
+_clock = time.monotonic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +54,21 @@ class Catalogue:
         """Know nothing yet."""
         self._service = service
         self._tasks: Mapping[str, TaskStatus] = {}
-        self._asked_s = -math.inf
+        self._state: tuple[int, int] | None = None
+        self._made_s = self._asked_s = -math.inf
 
     def find(self, name: str, *, believed_s: float = BELIEVED_S) -> TaskStatus:
         """Return what is loaded for a task, as it was a moment ago.
 
         Args:
             name: The task.
-            believed_s: How long ago that may be.
+            believed_s: How long ago that may be; longer where nothing seems to have changed.
 
         Raises:
             UnknownTaskError: Nothing is.
         """
-        age_s = time.monotonic() - self._asked_s
-        if age_s > (believed_s if name in self._tasks else SOUGHT_AGAIN_S):
-            self._tasks = {task.spec.name: task for task in self._service.tasks()}
-            self._asked_s = time.monotonic()
+        if _clock() - self._asked_s > (believed_s if name in self._tasks else SOUGHT_AGAIN_S):
+            self._ask()
         if name not in self._tasks:
             known = sorted(self._tasks)
             more = f" and {len(known) - MAX_SHOWN} more" if len(known) > MAX_SHOWN else ""
@@ -73,6 +77,15 @@ class Catalogue:
                 f"({', '.join(known[:MAX_SHOWN]) or 'none'}{more}), got {name[:80]!r}"
             )
         return self._tasks[name]
+
+    def _ask(self) -> None:
+        """Make the list anew, unless nothing tells that it would be another."""
+        self._asked_s, status = _clock(), self._service.status()
+        state = (status.swaps, status.resident)
+        if state == self._state and self._asked_s - self._made_s <= UNCHANGED_S:
+            return
+        self._tasks = {task.spec.name: task for task in self._service.tasks()}
+        self._state, self._made_s = state, self._asked_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,28 @@ class Asking:
     config: ServeConfig
     traffic: Traffic
     catalogue: Catalogue
+
+    @asynccontextmanager
+    async def room(self, exchange: Exchange, receive: Receive) -> AsyncIterator[None]:
+        """Count a request while it is read and answered: both take memory.
+
+        Raises:
+            ProblemError: Too many are.
+        """
+        if self.traffic.running >= self.config.max_concurrent:
+            # who waits for `100 Continue` sends nothing before it is told to
+            if b"expect" not in exchange.headers:
+                exchange.is_read = await discard(receive)
+            raise ProblemError(
+                "busy",
+                f"{self.config.max_concurrent} requests are being answered; try again",
+                retry_after_s=BUSY_RETRY_S,
+            )
+        self.traffic.running += 1
+        try:
+            yield
+        finally:
+            self.traffic.running -= 1
 
     async def read(self, exchange: Exchange, receive: Receive) -> Any:
         """Return the JSON of a request's body; see `read_json` for what it refuses."""
@@ -109,16 +144,9 @@ class Asking:
         """Have a question answered, unless the client goes before.
 
         Raises:
-            ProblemError: Too many questions are being answered.
             ClientGoneError: It went; nothing is computed for it any more.
             PTv2Error: As `Service.predict` says.
         """
-        if self.traffic.running >= self.config.max_concurrent:
-            raise ProblemError(
-                "busy",
-                f"{self.config.max_concurrent} requests are being answered; try again",
-                retry_after_s=BUSY_RETRY_S,
-            )
         exchange.inputs = len(question.inputs)
         if self.config.log_texts:
             exchange.texts = question.inputs
@@ -130,11 +158,7 @@ class Asking:
             version=question.version,
             refuse_long=self.config.refuse_long,
         )
-        self.traffic.running += 1
-        try:
-            answer = await unless_gone(call, receive)
-        finally:
-            self.traffic.running -= 1
+        answer = await unless_gone(call, receive)
         exchange.version, exchange.role = answer.prompt.version, answer.role
         exchange.truncated = sum(answer.truncated)
         return answer

@@ -75,7 +75,7 @@ async def _read(
     # a long one is not even asked for: a client that expects `100 Continue` sends nothing
     if announced.isdigit() and int(announced[:20]) > max_bytes:
         if b"expect" not in headers:
-            await _discard(receive)
+            await discard(receive)
         raise _too_large(max_bytes)
     parts: list[bytes] = []
     size = 0
@@ -96,22 +96,28 @@ async def _read(
         raise ProblemError(
             "slow-body", f"expected the whole body within {timeout_s:g} s", closes=True
         ) from None
-    await _discard(receive)
+    await discard(receive)
     raise _too_large(max_bytes)
 
 
-async def _discard(receive: Receive) -> None:
-    """Read on for a moment; a client that is still sending would see a broken connection."""
+async def discard(receive: Receive) -> bool:
+    """Read on for a moment and keep nothing; return whether the body came to its end.
+
+    A client that is still sending would see a broken connection in place of the answer.
+    """
     size = 0
     try:
         async with asyncio.timeout(DISCARD_TIMEOUT_S):
             while size < MAX_DISCARDED_BYTES:
                 message = await receive()
                 size += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
+                if message["type"] == "http.disconnect":
+                    return False
+                if not message.get("more_body", False):
+                    return True
     except TimeoutError:
-        return
+        pass
+    return False
 
 
 def _too_large(max_bytes: int) -> ProblemError:

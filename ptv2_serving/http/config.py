@@ -27,7 +27,7 @@ class ServeConfig:
         rate_per_s: Requests of one client in a second, over time; 0: no limit.
         rate_burst: Requests that a client may make at once after a pause.
         max_clients: Clients whose rates are remembered; the one that was silent longest goes first.
-        max_concurrent: Requests for predictions that are answered side by side.
+        max_concurrent: Requests for predictions that are read and answered side by side.
         max_connections: Open ones; more are closed at once.
         max_header_bytes: Of the request line and headers together.
         header_timeout_s: For the whole of them to arrive.

@@ -56,7 +56,7 @@ class Traffic:
 
     Attributes:
         draining: Whether new requests are refused.
-        running: Requests for predictions that are being answered.
+        running: Requests for predictions that are being read and answered.
         pending: All requests that are being answered.
         started_s: When the server was made.
     """

@@ -91,13 +91,15 @@ class Gate:
             await self._app(scope, receive, send_named)
         except ClientGoneError:
             status = CLIENT_GONE
-        except (ProblemError, PTv2Error) as error:
-            await self._refuse(scope, exchange, problem_of(error), send_named)
         except Exception as error:
-            self._log.failure(exchange, error, with_message=self._config.log_texts)
+            problem = problem_of(error)
+            if problem.kind == "internal":
+                # of our own errors those alone quote an input that the client is told
+                with_message = self._config.log_texts or isinstance(error, PTv2Error)
+                self._log.failure(exchange, error, with_message=with_message)
             if status:  # half an answer cannot be taken back: the server closes the connection
                 raise
-            await self._refuse(scope, exchange, problem_of(error), send_named)
+            await self._refuse(scope, exchange, problem, send_named)
         finally:
             self._traffic.pending -= 1
             self._note(scope, exchange, status or CLIENT_GONE)

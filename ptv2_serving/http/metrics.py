@@ -1,5 +1,7 @@
 """What `/metrics` says, in a registry of its own."""
 
+import asyncio
+import time
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,6 +15,8 @@ UNKNOWN = "unknown"
 """The task of requests for one that is not loaded: names of clients make no series."""
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+# between two looks at how late the event loop is
+TICK_S = 0.05
 # series of a task's versions; old ones go when it has more
 MAX_VERSIONS = 8
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -52,9 +56,17 @@ class Metrics:
             registry=self._registry,
         )
         running = Gauge(
-            "ptv2_requests_running", "Requests that are being answered.", registry=self._registry
+            "ptv2_requests_running",
+            "Requests that are being read and answered.",
+            registry=self._registry,
         )
         running.set_function(lambda: traffic.running)
+        self._lag = Histogram(
+            "ptv2_loop_lag_seconds",
+            "How late the event loop came back to a timer, which all requests waited for.",
+            buckets=BUCKETS,
+            registry=self._registry,
+        )
         self._engine = _Engine(service)
         self._registry.register(self._engine)
         # children of the metrics above: looking one up by its labels costs more than counting
@@ -78,6 +90,13 @@ class Metrics:
         self._counter(exchange.task, exchange.version, exchange.role).inc(exchange.inputs)
         if exchange.truncated:
             self._truncated.labels(exchange.task).inc(exchange.truncated)
+
+    async def watch_loop(self) -> None:
+        """Measure how late the event loop is, again and again, until it is cancelled."""
+        while True:
+            due_s = time.perf_counter() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self._lag.observe(max(0.0, time.perf_counter() - due_s))
 
     def look(self) -> None:
         """Ask the service how it stands, on its own event loop; `text` then says it."""

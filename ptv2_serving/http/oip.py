@@ -103,18 +103,19 @@ class Protocol:
         exchange.task = model
         if b"inference-header-content-length" in exchange.headers:
             raise ProblemError("media-type", BINARY, closes=True)
-        body = await self._asking.read(exchange, request.receive)
-        name = _checked(body)
-        wanted = _wanted_outputs(body.get("outputs"), found.spec)
-        rows = _rows(body.get("inputs"), found.spec, self._asking.config.max_json_depth)
-        question = Question(
-            inputs=self._asking.inputs(rows, found.spec),
-            version=number,
-            timeout_s=read_timeout(
-                (body.get("parameters") or {}).get("timeout_s"), self._asking.config
-            ),
-        )
-        answer = await self._asking.answer(found, question, exchange, request.receive)
+        async with self._asking.room(exchange, request.receive):
+            body = await self._asking.read(exchange, request.receive)
+            name = _checked(body)
+            wanted = _wanted_outputs(body.get("outputs"), found.spec)
+            rows = _rows(body.get("inputs"), found.spec, self._asking.config.max_json_depth)
+            question = Question(
+                inputs=self._asking.inputs(rows, found.spec),
+                version=number,
+                timeout_s=read_timeout(
+                    (body.get("parameters") or {}).get("timeout_s"), self._asking.config
+                ),
+            )
+            answer = await self._asking.answer(found, question, exchange, request.receive)
         content = {
             "model_name": answer.prompt.task,
             "model_version": str(answer.prompt.version),

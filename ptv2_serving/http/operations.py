@@ -1,6 +1,8 @@
 """Health, metrics and the page."""
 
 import asyncio
+import math
+import time
 from importlib.resources import files
 
 from starlette.responses import Response
@@ -15,6 +17,11 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# for several that scrape; hundreds of tasks make a long text
+TEXT_KEPT_S = 1.0
+
+_clock = time.monotonic
+
 # file -> media type
 PAGE_FILES = {
     "index.html": "text/html; charset=utf-8",
@@ -32,6 +39,9 @@ class Operations:
         self._service = service
         self._traffic = traffic
         self._metrics = metrics
+        self._text = b""
+        self._made_s = -math.inf
+        self._making = asyncio.Lock()
         folder = files("ptv2_serving").joinpath("page")
         self._page = {name: folder.joinpath(name).read_bytes() for name in PAGE_FILES}
 
@@ -50,10 +60,13 @@ class Operations:
 
     async def metrics(self) -> Response:
         """Say everything in the text format of Prometheus."""
-        self._metrics.look()
-        # hundreds of tasks make a long text; requests go on meanwhile
-        text = await asyncio.to_thread(self._metrics.text)
-        return Response(text, headers={"Content-Type": MEDIA_TYPE})
+        async with self._making:
+            if _clock() - self._made_s > TEXT_KEPT_S:
+                self._metrics.look()
+                # requests go on meanwhile
+                self._text = await asyncio.to_thread(self._metrics.text)
+                self._made_s = _clock()
+        return Response(self._text, headers={"Content-Type": MEDIA_TYPE})
 
     async def index(self) -> Response:
         """Show the page."""

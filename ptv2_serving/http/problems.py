@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ptv2_core.errors import PTv2Error
+from ptv2_core.errors import DataError, PTv2Error
 from ptv2_serving.answering import (
     BusyError,
     DeadlineError,
@@ -43,13 +43,14 @@ KINDS: Mapping[str, tuple[int, str]] = {
 }
 """Every kind of error: its status and title. The last part of a problem's `type`."""
 
+# any other error is a fault of the server: nothing in the request would mend it
 _BY_ERROR: tuple[tuple[type[PTv2Error], str], ...] = (
     (UnknownTaskError, "unknown-task"),
     (TooLongError, "too-long"),
     (BusyError, "busy"),
     (DeadlineError, "deadline"),
     (NotReadyError, "not-ready"),
-    (PTv2Error, "bad-input"),
+    (DataError, "bad-input"),
 )
 _BY_STATUS = {404: "not-found", 405: "method"}
 

@@ -75,7 +75,8 @@ class Prediction(BaseModel):
     request_id: str
     predictions: list[dict[str, Any]] = Field(
         description="One an input: label and probabilities; value; choice, text, options and "
-        "probabilities; tokens, tags and spans; text, start, end, score and n_best."
+        "probabilities; tokens, tags and spans (type, text, words from start to end, characters "
+        "from start_char to end_char); text, start, end, score and n_best."
     )
     truncated: list[bool]
 
@@ -160,10 +161,10 @@ class Inference(BaseModel):
     outputs: list[Tensor]
 
 
-REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
+REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 """What a request for predictions may meet."""
 
-GUARDED = (401, 403, 404, 429, 503)
+GUARDED = (401, 403, 404, 429, 500, 503)
 """What any other request with a token may meet."""
 
 

@@ -42,9 +42,10 @@ class Tasks:
         exchange.asks = True
         found = self._asking.catalogue.find(task)
         exchange.task = task
-        body = await self._asking.read(exchange, request.receive)
-        question = self._question(body, found)
-        answer = await self._asking.answer(found, question, exchange, request.receive)
+        async with self._asking.room(exchange, request.receive):
+            body = await self._asking.read(exchange, request.receive)
+            question = self._question(body, found)
+            answer = await self._asking.answer(found, question, exchange, request.receive)
         content = {
             "task": answer.prompt.task,
             "version": answer.prompt.version,

@@ -3,10 +3,12 @@
 // Everything a server or a person says becomes a text node, never HTML.
 const $ = (id) => document.getElementById(id);
 const POLL_MS = 2000;
+// between two looks at the list of tasks while nothing tells that it changed: it can be long
+const LIST_MS = 30000;
 const MAX_POINTS = 150;
 const LONG = new Set(["text", "text_pair", "context", "paragraph", "passage", "premise", "sentence1", "sentence2"]);
 const NAMES = { text_pair: "second text" };
-const state = { tasks: [], task: null, token: "", history: [], loaded: "" };
+const state = { tasks: [], task: null, token: "", history: [], loaded: "", seen: "", listed: "", listedAt: 0 };
 
 function make(tag, properties = {}, ...children) {
   const { className, ...attributes } = properties;
@@ -205,7 +207,9 @@ function showCurl(task, input) {
 // what is loaded, and how it goes
 
 async function loadTasks() {
+  const seen = state.seen;
   const { content } = await call("/v1/tasks");
+  [state.listed, state.listedAt] = [seen, Date.now()];
   state.tasks = content.tasks;
   const text = JSON.stringify(content.tasks);
   if (text === state.loaded) return;
@@ -240,6 +244,7 @@ function showLoaded(tasks) {
 
 async function loadStatus() {
   const { content } = await call("/v1/status");
+  state.seen = `${content.swaps} ${content.resident.prompts}`;
   say(content.ready ? "ready" : content.reason || "not ready", content.ready ? "good" : "bad");
   const { name, precision, device } = content.backbone;
   $("backbone").textContent = `One frozen encoder answers every task: ${[name, precision, device].filter(Boolean).join(", ")}.`;
@@ -280,7 +285,7 @@ function drawChart() {
 async function poll() {
   try {
     await loadStatus();
-    await loadTasks();
+    if (state.seen !== state.listed || Date.now() - state.listedAt > LIST_MS) await loadTasks();
   } catch (error) {
     say(error instanceof TypeError ? "the server does not answer" : error.message.slice(0, 60), "bad");
   }

@@ -146,6 +146,37 @@ def test_predictor_answers_a_question_with_a_place_in_the_context(make: Make) ->
     assert 0 < sum(scores) <= 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "places"),
+    [
+        ("tagging", {"text": "call anna in rome"}, [(0, 4), (10, 17)]),
+        ("tagging", {"text": "\n call  anna\tin\u2003rome \n"}, [(2, 6), (13, 20)]),
+        ("tagging", {"text": "rome \U0001f600 rome e\u0301"}, [(0, 4), (7, 14)]),
+        ("tagging", {"tokens": ["rome", "rom", "rome", "e"]}, [(0, 4), (9, 15)]),
+        ("tagging", {"tokens": ["new  york", " a", "a", "\U0001f600"]}, [(0, 9), (13, 16)]),
+        ("tagging", {"tokens": ["a", "b", "c", "d"], "text": "none"}, [(0, 1), (4, 7)]),
+        ("srl", {"tokens": ["call", "anna", "in", "rome"], "predicate": 0}, [(0, 4), (10, 17)]),
+        ("srl", {"tokens": ("a", "b", "c", "d"), "predicate": 0, "text": "x"}, [(0, 1), (4, 7)]),
+    ],
+)
+def test_predictor_gives_spans_their_places_in_the_text(
+    kind: TaskKind, given: dict[str, Any], places: list[tuple[int, int]], make: Make
+) -> None:
+    codec = make(kind).codec
+    asked = codec.encode([given])
+    logits = torch.zeros(len(asked.split.input_ids), 3)
+    # classes of the four words: a span of one word, then one of two
+    for word, number in enumerate((1, 0, 1, 2)):
+        logits[asked.split.word_index == word, number] = 1.0
+    (answer,) = codec.decode(asked, [logits])
+    spans = answer["spans"]
+    assert [(span["start"], span["end"]) for span in spans] == [(0, 1), (2, 4)]
+    assert [(span["start_char"], span["end_char"]) for span in spans] == places
+    source = given["text"] if "tokens" not in given else " ".join(given["tokens"])
+    cut = [source[start:end].split() for start, end in places]
+    assert cut == [span["text"].split() for span in spans]
+
+
 def test_predictor_gives_no_answer_by_the_threshold_that_dev_chose(make: Make) -> None:
     given = INPUTS["qa"]
     (answer,) = make("qa", decoding={"null_threshold": -1e9}).predict([given])

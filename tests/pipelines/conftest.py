@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from pipelines.settings import child_environment
+
+if TYPE_CHECKING:
+    from tests.pipelines.fault_parts import Nursery
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -140,3 +143,30 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     with temporary_server(tmp_path_factory.mktemp("prefect")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def sweepable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a workspace whose task `intents` is prepared and may be swept; to be copied."""
+    from tests.pipelines.sweep_engine import sweep_workspace
+    from tests.registry_parts import empty_registry
+
+    root = sweep_workspace(tmp_path_factory.mktemp("sweepable") / "space")
+    (root / "mlflow.db").write_bytes(empty_registry())
+    return root
+
+
+@pytest.fixture(scope="session")
+def warm(sweepable: Path) -> Iterator["Nursery"]:
+    """Return a process that has imported what sweeps need, and forks them."""
+    from tests.pipelines.fault_parts import nursery
+
+    with nursery(sweepable, sweepable.with_name("nursery.log")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def warm_hosts(warm: "Nursery") -> Iterator[None]:
+    """Have the hosts of a module's sweeps forked from a warm process."""
+    with warm.hatching():
+        yield

@@ -2,7 +2,8 @@
 
 A host imports for seconds and trains for tenths. So one process imports everything and forks each
 coordinator, which forks its hosts. They are processes like those of `ptv2 sweep` in all that a
-signal, a limit or a lock can tell: sessions, pipes, folders and exit codes.
+signal, a limit or a lock can tell: sessions, pipes, folders and exit codes. Sweeps in the process
+of the tests can have their hosts forked from it too.
 """
 
 import functools
@@ -16,20 +17,26 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
+from pipelines.settings import child_environment
+from pipelines.sweep import hosts
+from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
+from pipelines.threads import thread_environment
 from tests.pipelines.processes import environment, processes
 
 PATIENCE_S = 120.0
+COLD_START = hosts._start
 ROW_BYTES = 1 << 26
 """What a row of a batch takes in a host whose memory is limited, so that a batch may not fit."""
 
@@ -85,11 +92,39 @@ class Coordinator:
         return SweepRecord.from_mapping(json.loads(_record(self._root).read_text()))
 
 
+class Hatchling:
+    """A host that the nursery forked, as far as `hosts` uses a Popen."""
+
+    def __init__(self, nursery: "Nursery", pid: int, stdin: IO[str], stdout: IO[str]) -> None:
+        """Name a process, and hold the other ends of its pipes."""
+        self._nursery = nursery
+        self.pid = pid
+        self.stdin = stdin
+        self.stdout = stdout
+
+    def poll(self) -> int | None:
+        """Return its exit code, a signal as a negative number; None while it runs."""
+        code: int | None = self._nursery.ask(do="poll", pid=self.pid)
+        return code
+
+    def kill(self) -> None:
+        """Kill it; one that is gone is left alone."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait for its end; returns its exit code."""
+        while (code := self.poll()) is None:
+            time.sleep(0.002)
+        return code
+
+
 class Nursery:
-    """The process that forks coordinators."""
+    """The process that forks coordinators, and hosts of coordinators elsewhere."""
 
     def __init__(self, root: Path, log: Path) -> None:
         """Start it, with the backbone of a workspace imported."""
+        self._lock = threading.Lock()
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.pipelines.fault_parts", str(root)],
@@ -138,9 +173,36 @@ class Nursery:
         """Give an order and return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with self._lock:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    @contextmanager
+    def hatching(self) -> Iterator[None]:
+        """Have the hosts of this process's sweeps forked, which costs them no imports."""
+        before = hosts._start
+        hosts._start = self._hatch  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            hosts._start = before
+
+    def _hatch(self, module: str, job: Job) -> Hatchling:
+        orders, words = os.pipe(), os.pipe()
+        ours = f"/proc/{os.getpid()}/fd"
+        pid = self.ask(
+            do="hatch",
+            module=module,
+            root=job.root,
+            variables=child_environment(defaults=thread_environment(job.workers)),
+            stdin=f"{ours}/{orders[0]}",
+            stdout=f"{ours}/{words[1]}",
+        )
+        os.close(orders[0])
+        os.close(words[1])
+        stdin, stdout = os.fdopen(orders[1], "w"), os.fdopen(words[0])
+        return Hatchling(self, pid, stdin, stdout)
 
     def end(self) -> None:
         """End it."""
@@ -272,7 +334,7 @@ def _be_host(module: str, variables: Mapping[str, str], order: Mapping[str, Any]
 def _coordinate(order: Mapping[str, Any]) -> int:
     """Sweep; returns the exit code, as the command line would."""
     from pipelines.settings import load_settings
-    from pipelines.sweep import finishing, hosts
+    from pipelines.sweep import finishing
     from ptv2_core.errors import PTv2Error
     from ptv2_core.files import write_json_atomic
     from tests.pipelines.sweep_engine import run_sweep
@@ -299,6 +361,20 @@ def _coordinate(order: Mapping[str, Any]) -> int:
     return 0
 
 
+def _hatch(order: Mapping[str, Any]) -> int:
+    stdin, stdout = os.open(order["stdin"], os.O_RDONLY), os.open(order["stdout"], os.O_WRONLY)
+    pid = os.fork()
+    if pid:
+        os.close(stdin)
+        os.close(stdout)
+        return pid
+    os.setsid()
+    os.dup2(stdin, 0)
+    os.dup2(stdout, 1)
+    os.chdir(order["root"])
+    _be_host(order["module"], order["variables"], {"host_file_limit": None, "host_memory": None})
+
+
 def _fork(order: Mapping[str, Any]) -> int:
     pid = os.fork()
     if pid:
@@ -320,16 +396,13 @@ def _fork(order: Mapping[str, Any]) -> int:
         os._exit(code)
 
 
-def _warm(root: Path) -> None:
-    """Import what a sweep and a training import; a child finds out what that is."""
-    import pipelines.sweep.finishing  # noqa: F401
-    import tests.pipelines.sweep_engine  # noqa: F401
-
+def _warm(root: Path, work: Callable[[Path], None]) -> None:
+    """Import what some work imports; a child finds out what that is."""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         try:
             os.dup2(2, 1)
-            _train_once(root)
+            work(root)
             names = [name for name, found in list(sys.modules.items()) if found is not None]
             os.write(writer, json.dumps(names).encode())
         except BaseException:
@@ -347,12 +420,9 @@ def _warm(root: Path) -> None:
 
 
 def _train_once(root: Path) -> None:
-    """Do in one process what a coordinator and a host do."""
+    """Do what a host does."""
     from pipelines.settings import load_settings
-    from pipelines.sweep import finishing
     from pipelines.sweep.host import Trainer
-    from pipelines.sweep.job import Job
-    from tests.pipelines.sweep_parts import sweep, trial
 
     os.chdir(root)
     settings = load_settings(root / "params.yaml")
@@ -362,6 +432,18 @@ def _train_once(root: Path) -> None:
         )
         for _ in Trainer(settings.task("intents"), root).train(job):
             pass
+
+
+def _finish_once(root: Path) -> None:
+    """Do what a coordinator does besides."""
+    import tests.pipelines.sweep_engine  # noqa: F401
+    from pipelines.settings import load_settings
+    from pipelines.sweep import finishing
+    from tests.pipelines.sweep_parts import sweep, trial
+
+    os.chdir(root)
+    settings = load_settings(root / "params.yaml")
+    with tempfile.TemporaryDirectory() as folder:
         shutil.copy(root / "mlflow.db", folder)
         finishing.finish(
             replace(settings, path=Path(folder) / "params.yaml"), sweep(trial(0), trial(1))
@@ -372,14 +454,20 @@ def main() -> None:
     """Fork coordinators until standard input ends."""
     orders, answers = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _warm(Path(sys.argv[1]))
+    root = Path(sys.argv[1])
+    _warm(root, _train_once)
+    coordinates = False
     ended: dict[int, int | None] = {}
     answers.write("null\n")
     answers.flush()
     while line := orders.readline():
         order = json.loads(line)
-        if order["do"] == "start":
-            answer: int | None = _fork(order)
+        if order["do"] in ("start", "hatch"):
+            if order["do"] == "start" and not coordinates:
+                # for hosts alone nobody need wait so long
+                _warm(root, _finish_once)
+                coordinates = True
+            answer: int | None = (_fork if order["do"] == "start" else _hatch)(order)
             ended[answer or 0] = None
         else:
             pid = order["pid"]

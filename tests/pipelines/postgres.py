@@ -31,20 +31,31 @@ def programs() -> Path | None:
 class Postgres:
     """A running server."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, host: str, port: int) -> None:
         self._folder = folder
+        self._host = host
         self._port = port
         self._numbers = count()
 
     def url(self, database: str = "postgres", password: str = PASSWORD) -> str:
-        return f"postgresql://{USER}:{password}@127.0.0.1:{self._port}/{database}"
+        return f"postgresql://{USER}:{password}@{self._host}:{self._port}/{database}"
 
-    def new_database(self) -> str:
-        """Return the URL of an empty database."""
+    def new_database(self, like: str | None = None) -> str:
+        """Return the URL of an empty database, or of a copy of one, by its URL."""
+        template = "" if like is None else f" TEMPLATE {like.rpartition('/')[2]}"
         name = f"test{next(self._numbers)}"
         engine = sqlalchemy.create_engine(with_driver(self.url()), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+            if like is not None:
+                # pools of this process, which connect again; a template has to be left alone
+                connection.execute(
+                    sqlalchemy.text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = :name"
+                    ),
+                    {"name": like.rpartition("/")[2]},
+                )
+            connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}{template}"))
         engine.dispose()
         return self.url(name)
 
@@ -55,10 +66,10 @@ class Postgres:
 
 
 @contextmanager
-def server() -> Iterator[Postgres]:
-    """Yield a server with a password, of the tests alone."""
+def server(host: str = "127.0.0.1") -> Iterator[Postgres]:
+    """Yield a server with a password, of the tests alone, on an address of this machine."""
     folder, port = Path(tempfile.mkdtemp(prefix="pg-")), free_port()
-    postgres = Postgres(folder, port)
+    postgres = Postgres(folder, host, port)
     try:
         words = folder / "password"
         words.write_text(PASSWORD)
@@ -69,9 +80,11 @@ def server() -> Iterator[Postgres]:
         _run("initdb", "-D", str(folder / "data"), "--encoding=UTF8", "--locale=C", *settings)
         with (folder / "data" / "postgresql.conf").open("a") as stream:
             stream.write(
-                f"listen_addresses = '127.0.0.1'\nport = {port}\nfsync = off\n"
+                f"listen_addresses = '{host}'\nport = {port}\nfsync = off\n"
                 f"unix_socket_directories = '{folder}'\n"
             )
+        with (folder / "data" / "pg_hba.conf").open("a") as stream:
+            stream.write("host all all samenet scram-sha-256\n")
         postgres.control("start")
         yield postgres
     finally:

@@ -339,10 +339,16 @@ def test_cli_predict_tags_words(ptv2: Ptv2, finished: Path) -> None:
         "tokens": ["please", "call", "anna", "in", "paris"],
         "tags": ["O", "O", "B-person", "O", "B-city"],
         "spans": [
-            {"type": "person", "start": 2, "end": 3, "text": "anna"},
-            {"type": "city", "start": 4, "end": 5, "text": "paris"},
+            {
+                "type": "person", "start": 2, "end": 3, "start_char": 12, "end_char": 16,
+                "text": "anna",
+            },
+            {
+                "type": "city", "start": 4, "end": 5, "start_char": 20, "end_char": 25,
+                "text": "paris",
+            },
         ],
-    }
+    }  # fmt: skip
     table = succeeded(ptv2, "predict", "prompts/slots", text)
     assert "anna = person" in table
     assert "paris = city" in table

@@ -16,10 +16,10 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from pipelines import flows
+from pipelines import flows, prefect_session
 from pipelines.paths import TaskPaths
 from pipelines.prefect_server import temporary_server
 from pipelines.sweep import pool
@@ -32,7 +32,8 @@ from tests.stage_parts import PARAMS
 
 SCHEDULED = ("run-nightly", "sweep-weekly", "watch")
 DEPLOYMENTS = (*SCHEDULED, "trial")
-SCHEDULED_IN_S = 20
+SCHEDULED_IN_S = 6
+"""The server looks every second for what is due, and a worker too."""
 
 
 def declared(file: Path = ROOT / "prefect.yaml") -> dict[str, Any]:
@@ -94,29 +95,37 @@ class Deployed:
 
     Attributes:
         root: The repository.
-        prefect: The command, which talks to the server.
         due: When the nightly run was.
     """
 
     root: Path
-    prefect: tuple[str, ...]
     due: datetime
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the API URL of a server that heeds schedules."""
-    with temporary_server(tmp_path_factory.mktemp("deployments"), schedules=True) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RECENT_DEPLOYMENTS_LOOP_SECONDS", "LOOP_SECONDS"):
+            patch.setenv(f"PREFECT_SERVER_SERVICES_SCHEDULER_{name}", "1")
+        with temporary_server(tmp_path_factory.mktemp("deployments"), schedules=True) as url:
+            yield url
 
 
-def daily(due: datetime) -> list[dict[str, Any]]:
-    return [{"interval": 86400, "anchor_date": due.isoformat(), "active": True}]
+def schedule_soon(name: str) -> datetime:
+    """Move the schedule that a deployment was deployed with; returns when it is first due."""
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name(name)
+        (declared_one,) = found.schedules
+        due = datetime.now(UTC) + timedelta(seconds=SCHEDULED_IN_S)
+        daily = IntervalSchedule(interval=timedelta(days=1), anchor_date=due)
+        client.update_deployment_schedule(found.id, declared_one.id, schedule=daily)
+    return due
 
 
 @pytest.fixture(scope="module")
 def deployed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """Deploy from a clone, the nightly run due in some seconds, and start a worker."""
+    """Deploy from a clone, start a worker, and have the nightly run due in some seconds."""
     folder = tmp_path_factory.mktemp("clone")
     tasks = {"intents": {**PARAMS["tasks"]["intents"], "search": {"n_trials": 0}}}
     sweep = {"engine": "work_pool", "n_trials": 2, "workers": 1, "finalists": 1, "seeds": 1}
@@ -125,21 +134,20 @@ def deployed(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     prefect = {"PREFECT_API_URL": server, "PREFECT_HOME": str(folder / "home")}
     command = ("env", *(f"{name}={value}" for name, value in prefect.items()), program("prefect"))
     run(root, *command, "work-pool", "create", "ptv2", "--type", "process")
-    due = datetime.now(UTC) + timedelta(seconds=SCHEDULED_IN_S)
-    content = declared()
-    content["deployments"][0]["schedules"] = daily(due)
-    content["deployments"][2]["schedules"] = []
-    (root / "prefect.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    # PWD as a script has it that only changed the folder of its child
-    run(root, *command, "--no-prompt", "deploy", "--all", PWD="/")
+    # it comes up while the deployments are made
     worker = Running(
         root,
         program("prefect"), "worker", "start", "--pool", "ptv2", "--type", "process",
-        environment={**environment(), **prefect, "PREFECT_WORKER_QUERY_SECONDS": "2"},
+        environment={**environment(), **prefect, "PREFECT_WORKER_QUERY_SECONDS": "1"},
     )  # fmt: skip
+    content = declared()
+    content["deployments"][2]["schedules"] = []  # that of `watch` would be due at once
+    (root / "prefect.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with temporary_settings({PREFECT_API_URL: server}):
         try:
-            yield Deployed(root=root, prefect=command, due=due)
+            # PWD as a script has it that only changed the folder of its child
+            run(root, *command, "--no-prompt", "deploy", "--all", PWD="/")
+            yield Deployed(root=root, due=schedule_soon("ptv2-run/run-nightly"))
         finally:
             with suppress(ProcessLookupError):
                 worker.kill_all()
@@ -184,12 +192,9 @@ def test_deployments_run_from_a_schedule_and_the_worker_finishes_it(deployed: De
 def test_deployments_sweep_runs_from_a_schedule_and_its_trials_beside_it(
     deployed: Deployed,
 ) -> None:
+    pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
     finished_run_of("ptv2-run/run-nightly", after=deployed.due)
-    due = datetime.now(UTC) + timedelta(seconds=SCHEDULED_IN_S)
-    content = yaml.safe_load((deployed.root / "prefect.yaml").read_text())
-    content["deployments"][1]["schedules"] = daily(due)
-    (deployed.root / "prefect.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    run(deployed.root, *deployed.prefect, "--no-prompt", "deploy", "--name", "sweep-weekly")
+    due = schedule_soon("ptv2-sweep/sweep-weekly")
     done = finished_run_of("ptv2-sweep/sweep-weekly", after=due)
     record = SweepRecord.read(TaskPaths(root=deployed.root, task="intents"))
     assert done.state is not None
@@ -233,12 +238,12 @@ def test_deployments_a_tag_limit_of_one_keeps_the_stages_of_a_gpu_apart(
         done.set(task, "train", text="new", sleep=1)
     with temporary_settings({PREFECT_API_URL: server}):
         with get_client(sync_client=True) as client:
-            client.create_concurrency_limit(tag=flows.GPU_TAG, concurrency_limit=1)
+            client.create_concurrency_limit(tag=prefect_session.GPU_TAG, concurrency_limit=1)
         try:
             summary = flows.run(done.root, ["a", "b"], concurrency=2, retries=0)
         finally:
             with get_client(sync_client=True) as client:
-                client.delete_concurrency_limit_by_tag(flows.GPU_TAG)
+                client.delete_concurrency_limit_by_tag(prefect_session.GPU_TAG)
     assert not summary.failed
     first, second = sorted([at for _, at in done.times(f"train@{task}")] for task in ("a", "b"))
     assert first[1] < second[0], "one had ended when the other began"

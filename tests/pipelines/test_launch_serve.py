@@ -1,12 +1,16 @@
 """`ptv2 serve`: what it refuses before it loads anything."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.threads import available_cores
 from ptv2_core.errors import ConfigError, PTv2Error
+from ptv2_serving import opening
 
 
 def refusal(*arguments: str) -> PTv2Error:
@@ -37,3 +41,50 @@ def test_serve_names_a_token_file_that_is_none(tmp_path: Path) -> None:
 )
 def test_serve_checks_its_limits(option: str, value: str, name: str) -> None:
     assert str(refusal(option, value)).startswith(f"{name}: expected")
+
+
+class ChosenError(PTv2Error):
+    """Ends the command where it would begin to load."""
+
+    def __init__(self, config: opening.ServiceConfig) -> None:
+        super().__init__("nothing is loaded here")
+        self.config = config
+
+
+@pytest.fixture
+def stops_at_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop(config: opening.ServiceConfig, told: Any) -> None:
+        raise ChosenError(config)
+
+    monkeypatch.setattr(opening, "open_service", stop)
+
+
+def chosen(*arguments: str) -> opening.ServiceConfig:
+    error = refusal("--port", "0", *arguments)
+    assert isinstance(error, ChosenError)
+    return error.config
+
+
+@pytest.mark.usefixtures("stops_at_loading")
+def test_serve_says_how_rows_become_batches_and_what_stays_warm() -> None:
+    given = ("--warm", "3", "--token-budget", "4096", "--batch-rows", "128", "--engines", "2")
+    config = chosen("--device", "cpu", *given)
+    assert (config.warm, config.engines) == (3, 2)
+    assert (config.token_budget, config.batch_rows) == (4096, 128)
+    config = chosen("--device", "cpu")
+    assert (config.warm, config.token_budget, config.batch_rows) == (1, 1024, 64)
+    assert config.engines == max(1, available_cores() - 1)
+    assert chosen("--warm", "0").warm == 0
+
+
+@pytest.mark.usefixtures("stops_at_loading")
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_serve_has_one_engine_process_a_card(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen("--device", device).engines == 1
+    assert chosen("--device", device, "--engines", "1").engines == 1
+    error = refusal("--device", device, "--engines", "2")
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("engines: expected 1 on cuda, got 2")
+    assert "CUDA_VISIBLE_DEVICES" in str(error)
+    assert chosen("--device", "cpu", "--engines", "2").engines == 2

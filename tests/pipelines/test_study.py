@@ -213,7 +213,7 @@ def _interrupted_in(number: int, *, epoch: int) -> Any:
     return scores
 
 
-@pytest.mark.parametrize("pruner", ["none", "median"])
+@pytest.mark.parametrize("pruner", ["none", "median", "successive_halving", "hyperband"])
 def test_study_that_was_interrupted_ends_with_the_same_trials(pruner: str, tmp_path: Path) -> None:
     whole = Search()
     expected = whole.run(open_study(tmp_path / "whole", n_trials=7, pruner=pruner))

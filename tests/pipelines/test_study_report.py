@@ -195,9 +195,10 @@ def test_study_command_writes_beside_the_sweep_and_says_where(swept, capfd):
     assert "complete, winner" in said
     assert "Finalists by mean minus spread of dev accuracy" in said
     assert sentences(sample())[0] in said
-    assert "page      results/sweeps/intents/study.html (open it in a browser)" in said
+    # as reached from the current folder
+    assert f"page      {swept}/results/sweeps/intents/study.html (open it in a browser)" in said
     assert (
-        "plots     results/sweeps/intents: history.png, importances.png, surface.png, "
+        f"plots     {swept}/results/sweeps/intents: history.png, importances.png, surface.png, "
         "parallel.png, epochs.png"
     ) in said
     assert {file.name for file in (swept / "results" / "sweeps" / "intents").iterdir()} == {

@@ -1,6 +1,7 @@
 """A sweep on a local Ray and a local Dask cluster is the sweep that threads make."""
 
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
@@ -18,11 +21,15 @@ from prefect.states import Completed
 from pipelines import prefect_session
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
+from pipelines.prefect_session import GPU_TAG
 from pipelines.sweep import engines
+from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
+from pipelines.sweep.supervise import Ended
 from pipelines.sweep.sweeping import Look
+from pipelines.sweep.training import Order
 from tests.pipelines.processes import is_running, processes
-from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
+from tests.pipelines.sweep_engine import open_sweep, run_sweep
 
 pytestmark = pytest.mark.slow
 TRIALS = 4
@@ -37,19 +44,16 @@ def _server(prefect_url: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
-
-
 @pytest.fixture
-def root(prepared_workspace: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(prepared_workspace, tmp_path / "space")
+def root(sweepable: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sweepable, tmp_path / "space")
 
 
 @pytest.fixture(scope="module")
-def by_threads(prepared_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
-    root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp("threads") / "space")
+def by_threads(
+    sweepable: Path, warm_hosts: None, tmp_path_factory: pytest.TempPathFactory
+) -> SweepRecord:
+    root = shutil.copytree(sweepable, tmp_path_factory.mktemp("threads") / "space")
     return run_sweep(root, n_trials=TRIALS, workers=1, finalists=1)
 
 
@@ -135,6 +139,80 @@ def test_engine_trains_a_trial_again_whose_worker_is_killed(
     assert what_was_found(record) == what_was_found(by_threads)
     assert [one.retries for one in record.trials] == [0, 1, 0, 0]
     assert not any(map(is_running, killed)), "a host ends with its worker"
+
+
+def order_on(device: str, engine: str) -> Order:
+    job = Job(
+        params_file="",
+        root="",
+        task="intents",
+        params={},
+        checkpoint="",
+        device=device,
+        shares_forward=engine == "stack",
+    )
+    return Order(url="", study="", search="", number=0, job=job, retries=0, is_finalist=False)
+
+
+def task_runs(flow_run: str, count: int) -> dict[str, set[str]]:
+    """Return the tags of a flow run's task runs, of which the server hears late."""
+    by_name = FlowRunFilter.model_validate({"name": {"any_": [flow_run]}})
+    deadline = time.monotonic() + 20
+    with get_client(sync_client=True) as client:
+        while True:
+            runs = client.read_task_runs(flow_run_filter=by_name)
+            if len(runs) >= count or time.monotonic() > deadline:
+                return {one.name: set(one.tags) for one in runs}
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "at_once", "tags"),
+    [
+        ("processes", "cpu", 2, {"first": {"trial"}, "second": {"trial"}}),
+        ("processes", "cuda", 1, {"first": {"trial", "gpu"}, "second": {"trial", "gpu"}}),
+        ("stack", "cuda", 2, {"first": {"trial"}, "second": {"trial"}, "stack": {"gpu"}}),
+    ],
+)
+def test_engine_takes_a_slot_of_a_limited_card_for_each_process(
+    engine: str,
+    device: str,
+    at_once: int,
+    tags: dict[str, set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock, active, most = threading.Lock(), 0, 0
+
+    def train(order: Order) -> Ended:
+        nonlocal active, most
+        with lock:
+            active += 1
+            most = max(most, active)
+        time.sleep(1.0)
+        with lock:
+            active -= 1
+        return Ended(state="complete", seconds=1.0, retries=0, message="")
+
+    monkeypatch.setattr(engines, "train", train)
+    sweep = SweepSettings(engine=engine, workers=2)  # type: ignore[arg-type]
+
+    def work() -> State[Any]:
+        over: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with engines.submitting(sweep) as submit:
+            for name in ("first", "second"):
+                submit(name, order_on(device, engine), lambda: over.put(""))
+            for _ in range(2):
+                over.get()
+        return Completed(message="done")
+
+    with get_client(sync_client=True) as client:
+        client.create_concurrency_limit(tag=GPU_TAG, concurrency_limit=1)
+        try:
+            engines.run(f"{engine} on {device}", sweep, work).result()
+        finally:
+            client.delete_concurrency_limit_by_tag(GPU_TAG)
+    assert most == at_once
+    assert task_runs(f"{engine} on {device}", len(tags)) == tags
 
 
 def test_engine_that_is_not_there_is_one_error(engine: str) -> None:

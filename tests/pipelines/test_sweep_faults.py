@@ -6,7 +6,7 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +25,13 @@ from tests.pipelines.fault_parts import (
     check_is_quiet,
     ended_trials,
     litter,
-    nursery,
     rows,
     running_trials,
 )
 from tests.pipelines.processes import Running, environment, processes, program
-from tests.pipelines.sweep_engine import SWEEP, open_sweep, sweep_workspace
+from tests.pipelines.sweep_engine import SWEEP, open_sweep
 from tests.registry_parts import empty_registry
-from tests.stage_parts import PARAMS
+from tests.stage_parts import PARAMS, change_params
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,31 +41,18 @@ N = SWEEP["n_trials"]
 KILLS_PER_SWEEP = 8
 
 
-@pytest.fixture(scope="module")
-def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
-    (root / "mlflow.db").write_bytes(empty_registry())
-    return root
-
-
-@pytest.fixture(scope="module")
-def warm(prepared_workspace: Path) -> Iterator[Nursery]:
-    with nursery(prepared_workspace, prepared_workspace.with_name("nursery.log")) as made:
-        yield made
-
-
 @pytest.fixture
-def root(prepared_workspace: Path, tmp_path: Path) -> Path:
+def root(sweepable: Path, tmp_path: Path) -> Path:
     """A workspace without any sweep in it."""
-    return shutil.copytree(prepared_workspace, tmp_path / "space")
+    return shutil.copytree(sweepable, tmp_path / "space")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    prepared_workspace: Path, warm: Nursery, tmp_path_factory: pytest.TempPathFactory
+    sweepable: Path, warm: Nursery, tmp_path_factory: pytest.TempPathFactory
 ) -> SweepRecord:
     """What a sweep finds that nothing happens to."""
-    root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp("whole") / "space")
+    root = shutil.copytree(sweepable, tmp_path_factory.mktemp("whole") / "space")
     return warm.start(root, workers=1).record()
 
 
@@ -170,12 +156,12 @@ class Fire:
     [12, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(2400)])],
 )
 def test_sweep_ends_with_exactly_its_trials_whatever_is_killed(
-    warm: Nursery, prepared_workspace: Path, undisturbed: SweepRecord, tmp_path: Path, kills: int
+    warm: Nursery, sweepable: Path, undisturbed: SweepRecord, tmp_path: Path, kills: int
 ) -> None:
     fire = Fire(seed=kills)
     count = 0
     while fire.kills < kills:
-        root = shutil.copytree(prepared_workspace, tmp_path / f"space-{count}")
+        root = shutil.copytree(sweepable, tmp_path / f"space-{count}")
         finish, workers = count % 3 == 1, 2 if count % 3 == 2 else 1
         here = min(KILLS_PER_SWEEP, kills // 3, kills - fire.kills)
         record = fire.sweep(warm, root, here, workers=workers, finish=finish)
@@ -201,6 +187,18 @@ def test_sweep_in_one_forward_ends_with_exactly_its_trials_whatever_is_killed(
     check_is_exact(record, root)
     if workers == 1:
         assert essence(record) == essence(undisturbed)
+
+
+@pytest.mark.parametrize("pruner", ["none", "median", "successive_halving", "hyperband"])
+def test_sweep_prunes_the_same_trials_whatever_is_killed(
+    warm: Nursery, root: Path, tmp_path: Path, pruner: str
+) -> None:
+    change_params(root, {"search.pruner": pruner, "search.grace_epochs": 1})
+    whole = shutil.copytree(root, tmp_path / "whole")
+    undisturbed = warm.start(whole, workers=1).record()
+    record = Fire(seed=4).sweep(warm, root, 4, workers=1, finish=False)
+    check_is_exact(record, root)
+    assert essence(record) == essence(undisturbed)
 
 
 def test_sweep_draws_on_as_it_would_have_where_it_died_while_it_drew(

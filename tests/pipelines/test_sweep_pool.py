@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -23,12 +24,15 @@ from pipelines import prefect_session
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.sweep import engines
+from pipelines.sweep import pool as pool_of_sweep
+from pipelines.sweep.looks import OnLook
 from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.trial_flow import ptv2_trial
+from pipelines.sweep.trials import SweepStudy
 from tests.pipelines import postgres
 from tests.pipelines.chain_parts import ROOT
 from tests.pipelines.processes import Running, environment, is_running, processes, program, run
-from tests.pipelines.sweep_engine import open_sweep, run_sweep, sweep_workspace
+from tests.pipelines.sweep_engine import open_sweep, run_sweep
 
 pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
 
@@ -68,29 +72,37 @@ class Pool:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep_workspace(tmp_path_factory.mktemp("prepared") / "space")
-
-
-@pytest.fixture(scope="module")
-def by_threads(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
-    root = shutil.copytree(prepared, tmp_path_factory.mktemp("threads") / "space")
+def by_threads(
+    sweepable: Path, warm_hosts: None, tmp_path_factory: pytest.TempPathFactory
+) -> SweepRecord:
+    root = shutil.copytree(sweepable, tmp_path_factory.mktemp("threads") / "space")
     return run_sweep(root, **CHANGES)
 
 
-@pytest.fixture(scope="module")
-def deployed(prepared: Path, prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Deploy from a workspace with the project's code, as from a clone; returns the workspace."""
-    folder = tmp_path_factory.mktemp("deployed")
-    root = shutil.copytree(prepared, folder / "space")
+def deploy(workspace: Path, root: Path, prefect: dict[str, str]) -> Path:
+    """Deploy the trial from a copy of a workspace with the project's code, as from a clone.
+
+    Args:
+        workspace: That is prepared.
+        root: Where the copy is made.
+        prefect: Variables that say where Prefect is.
+    """
+    shutil.copytree(workspace, root)
     shutil.copy(ROOT / "prefect.yaml", root)
     for name in ("pipelines", "ptv2_core"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    prefect = {"PREFECT_API_URL": prefect_url, "PREFECT_HOME": str(folder / "home")}
     command = ("env", *(f"{name}={value}" for name, value in prefect.items()), program("prefect"))
     run(root, *command, "work-pool", "create", "ptv2", "--type", "process")
     run(root, *command, "--no-prompt", "deploy", "--name", "trial")
     return root
+
+
+@pytest.fixture(scope="module")
+def deployed(sweepable: Path, prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a workspace whose trial is deployed."""
+    folder = tmp_path_factory.mktemp("deployed")
+    prefect = {"PREFECT_API_URL": prefect_url, "PREFECT_HOME": str(folder / "home")}
+    return deploy(sweepable, folder / "space", prefect)
 
 
 @pytest.fixture
@@ -105,7 +117,9 @@ def _server(prefect_url: str) -> Iterator[None]:
         yield
 
 
-def sweep_on_pool(root: Path, name: str, **changes: Any) -> SweepRecord:
+def sweep_on_pool(
+    root: Path, name: str, on_look: OnLook = lambda look: None, **changes: Any
+) -> SweepRecord:
     """Sweep as the flow does, in a flow run of this name."""
     settings = {**CHANGES, "engine": "work_pool", **changes}
     found: list[SweepRecord] = []
@@ -114,7 +128,7 @@ def sweep_on_pool(root: Path, name: str, **changes: Any) -> SweepRecord:
     def work() -> State[Any]:
         with open_sweep(root, **settings) as sweep, engines.submitting(sweep.sweep) as submit:
             try:
-                found.append(sweep.run(submit, lambda look: None))
+                found.append(sweep.run(submit, on_look))
             except PipelineError as error:
                 raised.append(error)
         return Completed(message="done")
@@ -296,6 +310,23 @@ def test_pool_that_takes_nothing_ends_the_sweep_with_its_trial_kept(
         assert asked is not None
         assert (asked.number, asked.is_taken_over) == (0, True)
         assert sweep.study.retries(0) == 0
+
+
+def test_pool_cancels_the_others_where_a_run_was_deleted(deployed: Path) -> None:
+    left = pool_of_sweep._Pool(pool_of_sweep.DEPLOYMENT)
+    left._study = cast(SweepStudy, SimpleNamespace(noted=dict))
+    with get_client(sync_client=True) as client:
+        trial = client.read_deployment_by_name(pool_of_sweep.DEPLOYMENT).id
+        empty = {"order": {}, "place": 0, "token": ""}
+        for number in range(3):
+            run = client.create_flow_run_from_deployment(trial, parameters=empty)
+            left._given[str(number)] = pool_of_sweep._Given(
+                number=number, place=number, token="", heartbeat_s=1.0, done=dict, run=run.id
+            )
+        client.delete_flow_run(left._given["0"].run)
+        left.cancel()
+        runs = [client.read_flow_run(left._given[number].run) for number in "12"]
+    assert [one.state is not None and one.state.is_cancelled() for one in runs] == [True, True]
 
 
 def test_pool_refuses_an_address_that_is_no_deployment() -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ import pytest
 from pipelines.settings import load_settings
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, start_training
-from pipelines.sweep import training
+from pipelines.sweep import hosts, training
 from pipelines.sweep.host import Trainer
-from pipelines.sweep.hosts import Seat
+from pipelines.sweep.hosts import CannotGoOnError, Seat
 from pipelines.sweep.job import Job
 from pipelines.sweep.supervise import Ended, Supervisor
 from pipelines.sweep.training import Order
 from ptv2_core.errors import ConfigError
-from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep, sweep_workspace
+from tests.pipelines.fault_parts import COLD_START
+from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep
 from tests.stage_parts import change_params
 
 pytestmark = pytest.mark.slow
@@ -31,15 +33,12 @@ N = SWEEP["n_trials"]
 PARAMS: dict[str, Any] = {"prompt_length": 4, "learning_rate": 0.01}
 
 
-@pytest.fixture(scope="module")
-def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
-
-
 @pytest.fixture
-def root(prepared_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(
+    sweepable: Path, warm_hosts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A workspace without any sweep in it, and the current folder."""
-    root = shutil.copytree(prepared_workspace, tmp_path / "space")
+    root = shutil.copytree(sweepable, tmp_path / "space")
     monkeypatch.chdir(root)
     return root
 
@@ -93,16 +92,19 @@ def run_jobs(supervisor: Supervisor, jobs: list[tuple[Job, Heard]]) -> list[Ende
     def run(one: Job, heard: Heard) -> Ended | BaseException:
         try:
             return supervisor.run(one, heard, retries=1)
-        except ConnectionError as error:
+        except (ConnectionError, CannotGoOnError) as error:
             return error
 
     with ThreadPoolExecutor(len(jobs)) as threads:
         return list(threads.map(lambda given: run(*given), jobs))
 
 
-def test_stack_sweep_of_one_worker_is_that_of_one_process(root: Path, tmp_path: Path) -> None:
+def test_stack_sweep_of_one_worker_is_that_of_one_process(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = shutil.copytree(root, tmp_path / "other")
     wanted = run_sweep(other, workers=1)
+    monkeypatch.setattr(hosts, "_start", COLD_START)
     record = run_sweep(root, engine="stack", workers=1)
     assert [(one.params, one.epochs, one.state) for one in record.trials] == [
         (one.params, one.epochs, one.state) for one in wanted.trials
@@ -189,13 +191,63 @@ def test_stack_trial_ends_by_itself_and_the_others_go_on(
     assert supervisor._shared is shared
 
 
-def test_stack_that_cannot_load_says_so_of_each_trial(root: Path, supervisor: Supervisor) -> None:
+def test_stack_that_cannot_load_says_so_and_marks_no_trial(
+    root: Path, supervisor: Supervisor
+) -> None:
     shutil.rmtree(root / "data" / "prepared")
     ended = run_jobs(supervisor, [(job(root, number), Heard()) for number in range(2)])
     for one in ended:
+        assert isinstance(one, CannotGoOnError)
+        assert "run `ptv2 prepare" in str(one)
+
+
+TOO_LARGE = """
+import json, sys
+
+# none of the others is over before one trial was too large twice, whole and by half
+def say(name, **message):
+    print(json.dumps({"trial": name, **message}), flush=True)
+
+waiting, too_large, told = [], [], 0
+for line in sys.stdin:
+    order = json.loads(line)
+    if "job" not in order:
+        if order["say"] == "on":
+            say(order["trial"], end=True)
+        continue
+    is_large = order["job"]["params"]["prompt_length"] == 400
+    (too_large if is_large else waiting).append(order["trial"])
+    if len(waiting) == 2:
+        while told < len(too_large):
+            say(too_large[told], memory="MemoryError: too large")
+            told += 1
+        if told == 2:
+            for name in waiting:
+                say(name, epoch=1, score=0.5)
+"""
+
+
+def test_stack_trial_that_is_too_large_alone_costs_the_others_nothing(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "stack_host.py"
+    program.write_text(TOO_LARGE)
+    start = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        return start([command[0], str(program)], **options)
+
+    monkeypatch.setattr(hosts, "_start", COLD_START)
+    monkeypatch.setattr(hosts.subprocess, "Popen", popen)
+    large = job(tmp_path, 2, params={**PARAMS, "prompt_length": 400})
+    jobs = [(job(tmp_path, 0), Heard()), (job(tmp_path, 1), Heard()), (large, Heard())]
+    first, second, third = run_jobs(supervisor, jobs)
+    for one in (first, second):
         assert isinstance(one, Ended)
-        assert (one.state, one.retries) == ("failed", 0)
-        assert "run `ptv2 prepare" in one.message
+        assert (one.state, one.retries, one.message) == ("complete", 0, "")
+    assert isinstance(third, Ended)
+    assert (third.state, third.retries) == ("failed", 0)
+    assert third.message == "batches halved, since memory ran out; MemoryError: too large"
 
 
 def test_stack_process_that_is_stopped_is_ended_and_each_trial_counts_one_death(

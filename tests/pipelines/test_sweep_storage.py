@@ -7,6 +7,8 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,27 @@ from pipelines.sweep.trials import open_storage
 from pipelines.sweep.urls import shown, with_driver
 from tests.pipelines.postgres import PASSWORD, Postgres, is_possible, server
 from tests.pipelines.processes import processes
-from tests.pipelines.sweep_engine import after, open_sweep, run_sweep, sweep_workspace
+from tests.pipelines.sweep_engine import after, open_sweep, run_sweep
 from tests.stage_parts import change_params
 
 pytestmark = pytest.mark.slow
 N = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A workspace whose sweep is finished, and the settings of `sweep` that say where."""
+
+    root: Path
+    storage: dict[str, Any]
+    record: SweepRecord
+
+
 @pytest.fixture(scope="module")
-def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
+def prepared_workspace(
+    sweepable: Path, warm_hosts: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    root = shutil.copytree(sweepable, tmp_path_factory.mktemp("sweep") / "space")
     change_params(root, {"sweep.n_trials": N, "sweep.finalists": 1})
     return root
 
@@ -40,10 +53,26 @@ def root(prepared_workspace: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(prepared_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
+def finish(
+    prepared_workspace: Path,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Finished]:
+    """Return what sweeps on a database, once for each; it is to be copied."""
+
+    @cache
+    def finished(kind: str) -> Finished:
+        root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp(kind) / "space")
+        storage = settings_of(kind, request)
+        return Finished(root=root, storage=storage, record=run_sweep(root, workers=1, **storage))
+
+    return finished
+
+
+@pytest.fixture(scope="module")
+def whole(finish: Callable[[str], Finished]) -> SweepRecord:
     """What a sweep on SQLite finds that nothing happens to."""
-    root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp("whole") / "space")
-    return run_sweep(root, workers=1)
+    return finish("sqlite").record
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +84,25 @@ def postgres() -> Iterator[Postgres]:
         yield found
 
 
-@pytest.fixture(params=["sqlite", "proxy", "postgresql"])
-def storage(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Return settings of `sweep` that choose a database."""
-    if request.param == "sqlite":
+def settings_of(kind: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return settings of `sweep` that choose a database, which is empty."""
+    if kind == "sqlite":
         return {}
-    if request.param == "proxy":
+    if kind == "proxy":
         pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
         return {"engine": "dask"}  # which decides where the database is; what trains are threads
     postgres: Postgres = request.getfixturevalue("postgres")
     return {"storage": postgres.new_database()}
+
+
+@pytest.fixture(params=["sqlite", "proxy", "postgresql"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def storage(kind: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    return settings_of(kind, request)
 
 
 def trials_of(record: SweepRecord) -> list[tuple[Any, ...]]:
@@ -84,10 +122,11 @@ def refuse(order: Order) -> None:
 
 
 def test_sweep_counts_on_each_database_and_trains_nothing_twice(
-    root: Path, storage: dict[str, Any], whole: SweepRecord
+    kind: str, finish: Callable[[str], Finished], whole: SweepRecord
 ) -> None:
-    check_is(run_sweep(root, workers=1, **storage), whole)
-    check_is(run_sweep(root, train=refuse, **storage), whole)
+    finished = finish(kind)
+    check_is(finished.record, whole)
+    check_is(run_sweep(finished.root, train=refuse, **finished.storage), whole)
 
 
 def test_sweep_with_two_workers_counts_on_each_database(
@@ -113,15 +152,19 @@ def test_sweep_takes_over_what_a_dead_one_left_and_can_be_made_longer(
 
 
 def test_sweep_tries_what_was_best_before(
-    root: Path, storage: dict[str, Any], whole: SweepRecord
+    kind: str, finish: Callable[[str], Finished], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run_sweep(root, workers=1, **storage)
+    finished = finish(kind)
+    root, storage = shutil.copytree(finished.root, tmp_path / "space"), finished.storage
+    if "storage" in storage:
+        postgres: Postgres = request.getfixturevalue("postgres")
+        storage = {"storage": postgres.new_database(like=storage["storage"])}
     change_params(root, {"train.batch_size": 8})  # another study
     with open_sweep(root, transfer=3, **storage) as sweep:
         asked = [sweep.study.ask(N) for _ in range(N)]
         origins = [one.origin for one in sweep.study.running()]
     assert origins[:2] == ["baseline", "transferred"]
-    best = sorted(whole.trials, key=lambda one: -(one.value or 0.0))
+    best = sorted(finished.record.trials, key=lambda one: -(one.value or 0.0))
     tried = [one.params for one in asked if one]
     assert all(one.params in tried for one in best[: origins.count("transferred")])
 

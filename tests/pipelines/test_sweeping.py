@@ -19,7 +19,7 @@ from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, start_training
 from pipelines.sweep import hosts, training
 from pipelines.sweep.host import Trainer
-from pipelines.sweep.hosts import Trains
+from pipelines.sweep.hosts import CannotGoOnError, Trains
 from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.supervise import Supervisor
@@ -27,30 +27,26 @@ from pipelines.sweep.sweeping import Look, overlaid
 from pipelines.sweep.training import Order
 from ptv2_core.errors import ConfigError, MemoryRanOutError
 from ptv2_core.training.stepping import is_memory
-from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep, sweep_workspace
+from tests.pipelines.fault_parts import COLD_START
+from tests.pipelines.sweep_engine import SWEEP, after, open_sweep, run_sweep
 from tests.stage_parts import change_params
 
 pytestmark = pytest.mark.slow
 N = SWEEP["n_trials"]
 
 
-@pytest.fixture(scope="module")
-def prepared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sweep_workspace(tmp_path_factory.mktemp("sweep") / "space")
-
-
 @pytest.fixture
-def root(prepared_workspace: Path, tmp_path: Path) -> Path:
+def root(sweepable: Path, warm_hosts: None, tmp_path: Path) -> Path:
     """A workspace without any sweep in it."""
-    return shutil.copytree(prepared_workspace, tmp_path / "space")
+    return shutil.copytree(sweepable, tmp_path / "space")
 
 
 @pytest.fixture(scope="module")
 def swept(
-    prepared_workspace: Path, tmp_path_factory: pytest.TempPathFactory
+    sweepable: Path, warm_hosts: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, SweepRecord, list[Look]]:
     """A workspace with a finished sweep."""
-    root = shutil.copytree(prepared_workspace, tmp_path_factory.mktemp("swept") / "space")
+    root = shutil.copytree(sweepable, tmp_path_factory.mktemp("swept") / "space")
     looks: list[Look] = []
     return root, run_sweep(root, on_look=looks.append, workers=1), looks
 
@@ -271,6 +267,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Jo
         "job = json.loads(sys.stdin.readline())\n"
         "def say(**m): print(json.dumps(m), flush=True)\n" + script
     )
+    monkeypatch.setattr(hosts, "_start", COLD_START)
     started: Callable[..., Any] = hosts.subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
@@ -332,6 +329,56 @@ def test_supervisor_gives_up_a_trial_that_is_to_be_pruned(
     ended = supervisor.run(job, lambda epoch, score: True, retries=0)
     supervisor.end()
     assert ended.state == "pruned"
+
+
+def test_sweep_stops_where_its_data_has_changed_or_is_gone_and_marks_no_trial(root: Path) -> None:
+    """As while `dvc repro` writes it anew: only a host that starts meanwhile can notice."""
+    file = root / "data" / "prepared" / "intents" / "task.json"
+    right = file.read_text()
+    with open_sweep(root) as sweep:
+        asked = sweep.study.ask(N)
+        assert asked is not None
+        order = sweep.order(asked)
+        file.unlink()
+        words = r"cannot be loaded: .*task\.json: not there; run `ptv2 prepare .* the same command"
+        with pytest.raises(CannotGoOnError, match=words):
+            training.train(order)
+        file.write_text(right.replace('"train": "sha256:', '"train": "sha256:0'))
+        words = "data/prepared of intents: expected sha256:.*, got sha256:.*begins a new study"
+        with pytest.raises(CannotGoOnError, match=words):
+            training.train(order)
+        assert "data/prepared of intents" in sweep.study.take_stop(asked.number)
+        assert not sweep.study.trials()
+        file.write_text(right)
+        ended = training.train(order)
+        assert (ended.state, ended.retries) == ("complete", 0)
+
+
+def test_sweep_stops_where_a_worker_does_not_see_the_workspace(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "_start", COLD_START)
+    with open_sweep(root) as sweep:
+        asked = sweep.study.ask(N)
+        assert asked is not None
+        order = sweep.order(asked)
+        elsewhere = replace(order, job=replace(order.job, root=str(tmp_path / "nowhere")))
+        with pytest.raises(CannotGoOnError, match="nowhere: expected the workspace of the sweep"):
+            training.train(elsewhere)
+        assert "have it at the same path" in sweep.study.take_stop(asked.number)
+        assert sweep.study.retries(asked.number) == 0
+
+
+def test_sweep_that_was_ended_trains_nothing_for_a_thread_that_comes_late(root: Path) -> None:
+    with open_sweep(root) as sweep:
+        asked = sweep.study.ask(N)
+        assert asked is not None
+        training.end(sweep.study.name)
+        with pytest.raises(PipelineError, match="the sweep is ending"):
+            training.train(sweep.order(asked))
+        assert sweep.study.retries(asked.number) == 0
+    with open_sweep(root) as again:
+        assert training.supervisor(again.study.name)._take(again.order(asked).job).is_alive
 
 
 def test_sweep_names_an_option_that_is_out_of_its_range() -> None:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 ANY_PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--optuna-port", "0")
 
 
-def up(root: Path, *arguments: str) -> Running:
-    running = Running(root, program(), "up", *arguments, environment=environment())
+def up(root: Path, *arguments: str, **variables: str) -> Running:
+    running = Running(root, program(), "up", *arguments, environment={**environment(), **variables})
     running.wait_until(lambda: "Ctrl-C stops all of it" in running.said)
     return running
 
@@ -62,7 +62,7 @@ def running(workspace: Path) -> Iterator[Running]:
         started.kill_all()
 
 
-def test_up_shows_three_pages_and_ctrl_c_leaves_no_process(
+def test_up_shows_three_pages_and_stops_all_when_one_dies(
     workspace: Path, running: Running
 ) -> None:
     found = pages(running)
@@ -86,22 +86,10 @@ def test_up_shows_three_pages_and_ctrl_c_leaves_no_process(
     assert again.returncode == 1
     assert "another `ptv2 up` serves" in again.stderr
 
-    assert running.interrupt() == 0
-    assert running.said.endswith("stopping\nstopped\n")
-    assert processes(workspace) == {}
-
-
-def test_up_leaves_no_process_when_it_is_killed(running: Running) -> None:
-    running.kill()
-    running.wait_until_all_is_gone(60)
-
-
-def test_up_stops_the_others_when_one_dies(workspace: Path, running: Running) -> None:
-    guards = [pid for pid, line in processes(workspace).items() if "guarded.py" in line]
     (mlflow,) = (
         pid
         for pid, line in processes(workspace).items()
-        if "-m mlflow ui" in line and pid not in guards
+        if "-m mlflow ui" in line and "guarded.py" not in line
     )
     os.kill(mlflow, signal.SIGKILL)
     assert running.wait() == 1
@@ -109,6 +97,38 @@ def test_up_stops_the_others_when_one_dies(workspace: Path, running: Running) ->
     assert "mlflow.log says:" in running.said
     assert "Traceback" not in running.said.partition("says:")[0]
     assert processes(workspace) == {}
+
+
+def test_up_leaves_no_process_when_it_is_killed(workspace: Path) -> None:
+    running = Running(workspace, program(), "up", *ANY_PORTS, environment=environment())
+    running.wait_until(lambda: len(servers(workspace)) == 3)
+    running.kill()
+    running.wait_until_all_is_gone(60)
+
+
+def servers(root: Path) -> set[str]:
+    """Return what runs of the three servers."""
+    lines = [line for line in processes(root).values() if "guarded.py" not in line]
+    names = ("prefect server start", "-m mlflow ui", "optuna-dashboard")
+    return {name for name in names for line in lines if name in line}
+
+
+def test_up_serves_what_there_is_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    root = tmp_path / "workspace"
+    root.mkdir()
+    write_params(root, PARAMS)
+    elsewhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PTV2_STORAGE": "grpc://127.0.0.1:9"}
+    running = up(root, *ANY_PORTS, **elsewhere)
+    try:
+        assert list(pages(running)) == ["Prefect"]
+        assert "no Optuna Dashboard: it cannot ask grpc://127.0.0.1:9; start it" in running.said
+        assert "MLflow is at http://127.0.0.1:9" in running.said
+        assert running.interrupt() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            running.kill_all()
+    assert running.said.endswith("stopping\nstopped\n")
+    assert processes(root) == {}
 
 
 def test_up_says_which_option_names_a_port_that_is_taken(workspace: Path) -> None:

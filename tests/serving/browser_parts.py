@@ -108,14 +108,14 @@ class Page:
                 found.append(values["entry"]["text"])
         return found
 
-    def asked(self) -> set[str]:
-        """Return every address that was asked for."""
+    def asked(self) -> list[str]:
+        """Return the address of every request."""
         self.run("1")
-        return {
+        return [
             event["params"]["request"]["url"]
             for event in self.events
             if event["method"] == "Network.requestWillBeSent"
-        }
+        ]
 
 
 @contextmanager

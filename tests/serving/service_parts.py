@@ -83,7 +83,16 @@ def predicted(task: TaskSpec, values: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "tokens": list(words),
             "tags": ["O"] * last + ["B-place"],
-            "spans": [{"type": "place", "start": last, "end": last + 1, "text": words[last]}],
+            "spans": [
+                {
+                    "type": "place",
+                    "start": last,
+                    "end": last + 1,
+                    "start_char": len(" ".join([*words[:last], ""])),
+                    "end_char": len(" ".join(words)),
+                    "text": words[last],
+                }
+            ],
         }
     text = values["context"].split()[-1]
     start = len(values["context"]) - len(text)

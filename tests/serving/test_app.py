@@ -1,19 +1,26 @@
 """`/v1`, health and errors, on an app with a fake service."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
+from ptv2_core.errors import ArtifactError, BackboneError, DataError
 from ptv2_serving.answering import (
     BusyError,
     DeadlineError,
     NotReadyError,
+    ServingError,
+    TaskStatus,
     TooLongError,
+    UnknownTaskError,
 )
+from ptv2_serving.http import asking
+from ptv2_serving.tracking import StoreError
 from tests.serving.http_parts import BASE, Asked, problem_of
-from tests.serving.service_parts import EXAMPLES, SPECS, FakeService, digest, predicted
+from tests.serving.service_parts import EXAMPLES, SPECS, FakeService, digest, predicted, spec
 
 PREDICT = "/v1/tasks/intents/predict"
 
@@ -123,6 +130,11 @@ def test_predict_of_an_unknown_version_is_not_found(asked: Asked) -> None:
         (DeadlineError("late"), 504, "deadline", None),
         (NotReadyError("starting"), 503, "not-ready", "1"),
         (TooLongError("input 1: long"), 422, "too-long", None),
+        (DataError("input 1: expected a `text`"), 422, "bad-input", None),
+        (ServingError("the process that computed it ended"), 500, "internal", None),
+        (StoreError("/srv/store cannot be written"), 500, "internal", None),
+        (BackboneError("/srv/minilm is another one"), 500, "internal", None),
+        (ArtifactError("/srv/store/a is damaged"), 500, "internal", None),
         (RuntimeError("secret text"), 500, "internal", None),
     ],
 )
@@ -136,6 +148,19 @@ def test_predict_tells_the_errors_of_the_service(
     assert "connection" not in response.headers
     assert "secret text" not in response.text
     assert "secret text" not in asked.log.getvalue()
+
+
+def test_faults_of_the_engine_are_told_to_the_log_alone() -> None:
+    asked = Asked(FakeService(error=ServingError("out of memory on /srv")))
+    response = asked.predict("intents", "a", headers={"X-Request-Id": "r1"})
+    assert response.json()["detail"] == "see the server's log under this request id"
+    failure, request = asked.lines()
+    assert (failure["event"], failure["request_id"]) == ("failure", "r1")
+    assert (failure["error"], failure["message"]) == ("ServingError", "out of memory on /srv")
+    assert (request["status"], request["problem"]) == (500, "internal")
+    infer = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+    response = asked.post("/v2/models/intents/infer", {"inputs": [infer]})
+    assert (response.status_code, list(response.json())) == (500, ["error"])
 
 
 def test_predict_is_cancelled_when_its_client_goes() -> None:
@@ -200,6 +225,36 @@ def test_tasks_say_what_is_loaded(asked: Asked) -> None:
         "problem": None,
     }
     assert problem_of(asked.get("/v1/tasks/nope")) == "unknown-task"
+
+
+def test_tasks_are_not_asked_for_again_while_none_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [100.0], [0]
+
+    class Counted(FakeService):
+        def tasks(self) -> Sequence[TaskStatus]:
+            looks[0] += 1
+            return super().tasks()
+
+    monkeypatch.setattr(asking, "_clock", lambda: now[0])
+    service = Counted()
+    catalogue = asking.Catalogue(service)
+    for _ in range(8):
+        assert catalogue.find("intents").champion.version == 3
+        with pytest.raises(UnknownTaskError):
+            catalogue.find("nope")
+        now[0] += 1.1
+    assert looks == [1]
+    # a swap, then another prompt
+    service.version, service.status_fields = 4, {"swaps": 1}
+    assert catalogue.find("intents").champion.version == 4
+    service.specs = (*SPECS, spec("nope", "regression", text="text"))
+    now[0] += 0.2
+    assert catalogue.find("nope").spec.name == "nope"
+    assert looks == [3]
+    # what no number tells is seen in time, too
+    service.version = 5
+    now[0] += 11
+    assert catalogue.find("intents").champion.version == 5
 
 
 def test_reload_asks_the_service(asked: Asked) -> None:

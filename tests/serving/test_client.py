@@ -10,6 +10,7 @@ import pytest
 
 import ptv2_serving
 from ptv2_serving import AsyncClient, Client, client
+from ptv2_serving.answering import ServingError
 from ptv2_serving.app import ServeConfig, make_app
 from tests.serving.http_parts import running
 from tests.serving.service_parts import EXAMPLES, FakeService, digest
@@ -159,5 +160,18 @@ def test_async_client_answers() -> None:
             assert len(await asking.tasks()) == 6
             with pytest.raises(client.NotFoundError):
                 await asking.predict("nope", "a")
+
+    asyncio.run(run())
+
+
+def test_client_tells_a_fault_of_the_server_from_a_bad_input() -> None:
+    app = make_app(FakeService(error=ServingError("its process ended")), ServeConfig())
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app)
+        async with AsyncClient("http://localhost", transport=transport) as asking:
+            with pytest.raises(client.ServerFailedError) as caught:
+                await asking.predict("intents", "a")
+        assert (caught.value.status, caught.value.kind) == (500, "internal")
 
     asyncio.run(run())

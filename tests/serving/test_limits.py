@@ -119,6 +119,32 @@ def test_concurrent_requests_are_bounded() -> None:
     assert asked.app.state.traffic.running == 0
 
 
+def test_concurrent_requests_are_counted_before_their_bodies_are_read() -> None:
+    asked = Asked(max_concurrent=1)
+    headers = {"Content-Type": "application/json"}
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"input": '
+        await asyncio.sleep(0.3)
+        yield b'"a"}'
+
+    async def run() -> tuple[httpx.Response, httpx.Response]:
+        transport = httpx.ASGITransport(asked.app)
+        async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
+            first = asyncio.create_task(client.post(PREDICT, content=slow(), headers=headers))
+            await asyncio.sleep(0.1)
+            # no JSON, which nobody finds out
+            second = await client.post(PREDICT, content=b"{", headers=headers)
+            return second, await first
+
+    refused, answered = asyncio.run(run())
+    assert (refused.status_code, problem_of(refused)) == (429, "busy")
+    # what it sent was thrown away, so that its connection can be used again
+    assert "connection" not in refused.headers
+    assert answered.status_code == 200
+    assert asked.app.state.traffic.running == 0
+
+
 def test_rates_give_a_burst_and_then_their_share() -> None:
     now = [100.0]
     rates = Rates(2.0, 3, 10, clock=lambda: now[0])

@@ -1,12 +1,17 @@
 """What `/metrics` says, read with Prometheus's own parser."""
 
+import asyncio
+import contextlib
+import time
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ptv2_serving.answering import Answer
+from ptv2_serving.http import operations
 from ptv2_serving.http.exchanges import Exchange, Traffic
-from ptv2_serving.http.metrics import MAX_VERSIONS, Metrics
+from ptv2_serving.http.metrics import MAX_VERSIONS, TICK_S, Metrics
 from tests.serving.http_parts import Asked
 from tests.serving.service_parts import FakeService, digest
 
@@ -69,10 +74,9 @@ def test_metrics_make_no_series_of_what_clients_invent() -> None:
         asked.predict(f"task-{number}", "a")
         asked.get(f"/nowhere/{number}")
     names = {key for key in samples(asked.get("/metrics").text) if "created" not in key[0]}
-    assert {dict(labels)["task"] for name, labels in names if name.endswith("_count")} == {
-        "unknown"
-    }
-    assert len(names) < 60
+    counted = {labels for name, labels in names if name == "ptv2_request_seconds_count"}
+    assert {dict(labels)["task"] for labels in counted} == {"unknown"}
+    assert len(names) < 75
 
 
 def test_metrics_forget_old_versions() -> None:
@@ -105,3 +109,45 @@ def test_metrics_of_a_canary_are_apart() -> None:
     asked.predict("intents", "a")
     found = samples(asked.get("/metrics").text)
     assert value(found, "ptv2_inputs_total", task="intents", version="4", role="canary") == 1
+
+
+def test_metrics_say_how_late_the_event_loop_comes_back() -> None:
+    metrics = Metrics(FakeService(), Traffic())
+
+    async def run() -> None:
+        watching = asyncio.create_task(metrics.watch_loop())
+        await asyncio.sleep(4 * TICK_S)
+        time.sleep(0.3 + TICK_S)  # what a full collection of garbage, or a slow disk, does
+        await asyncio.sleep(4 * TICK_S)
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+    asyncio.run(run())
+    found = samples(metrics.text().decode())
+    assert value(found, "ptv2_loop_lag_seconds_count") >= 4
+    below, all_of_them = (
+        value(found, "ptv2_loop_lag_seconds_bucket", le=edge) for edge in ("0.25", "+Inf")
+    )
+    assert all_of_them - below == 1
+    assert value(found, "ptv2_loop_lag_seconds_sum") > 0.3
+
+
+def test_metrics_are_made_anew_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [100.0], [0]
+
+    class Counted(FakeService):
+        def tasks(self) -> Any:
+            looks[0] += 1
+            return super().tasks()
+
+    monkeypatch.setattr(operations, "_clock", lambda: now[0])
+    asked = Asked(Counted())
+    texts = [asked.get("/metrics").text for _ in range(5)]
+    assert looks == [1]
+    assert len(set(texts)) == 1
+    asked.predict("intents", "a")
+    looks[0] = 0
+    now[0] += 1.1
+    assert "ptv2_inputs_total{" in asked.get("/metrics").text
+    assert looks == [1]

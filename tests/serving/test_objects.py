@@ -3,14 +3,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
 from ptv2_core.errors import ArtifactError
+from ptv2_serving import objects
 from ptv2_serving.objects import KEEP_S
 from ptv2_serving.routing import Routing
-from ptv2_serving.tracking import StoreError
+from ptv2_serving.tracking import StoreError, StoreUnreachableError
 from tests.serving.store_parts import FILES, TASK, Kept, accept, open_store, tree
 from tests.tiny import tiny_artifact, tiny_backbone
 
@@ -187,6 +192,81 @@ def test_objects_removes_what_a_killed_process_left_and_nothing_that_is_in_use(s
     os.close(descriptor)
     open_store(tmp_path)
     assert not list(incoming.iterdir())
+
+
+def test_objects_keeps_what_failed_tasks_were_remembered_by(kept, store, tmp_path):
+    routes = {TASK: routing_of(kept.version(4))}
+    store.fetch(kept.version(4), accept)
+    store.remember(routes)
+    store.remember({}, failed={TASK, "unknown"})
+    assert open_store(tmp_path).last_known() == routes
+    store.remember({})
+    assert store.last_known() == {}
+    # a damaged file has nothing to keep, and is written anew
+    (tmp_path / "store" / "routes.json").write_text("{")
+    store.remember(routes, failed={"unknown"})
+    assert store.last_known() == routes
+
+
+def test_objects_stages_what_is_not_in_the_store_before_it_is_committed(kept, store, tmp_path):
+    version = kept.version()
+    staged = store.stage(version)
+    assert not staged.is_stored
+    assert tree(staged.path) == tree(kept.folder)
+    assert not list((tmp_path / "store" / "objects").iterdir())
+    staged.close()
+    assert tree(tmp_path / "store") == {}
+    staged = store.stage(version)
+    path = store.commit(staged)
+    staged.close()
+    assert tree(path) == tree(kept.folder)
+    again = store.stage(version)
+    assert (again.is_stored, again.path, store.commit(again)) == (True, path, path)
+    again.close()
+    assert tree(path) == tree(kept.folder)
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """An MLflow server that lists a prompt's files, and sends them a byte now and then."""
+
+    sizes: ClassVar[dict[str, int]] = {}
+
+    def do_GET(self):
+        listed = [{"path": name, "file_size": size} for name, size in self.sizes.items()]
+        body = json.dumps({"files": listed}).encode()
+        is_file = self.path.endswith(FILES)
+        self.send_response(200)
+        self.send_header("Content-Length", "100" if is_file else str(len(body)))
+        self.end_headers()
+        if not is_file:
+            self.wfile.write(body)
+            return
+        with suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+def test_objects_gives_up_on_a_server_that_drips(kept, tmp_path, monkeypatch, is_closing):
+    monkeypatch.setattr(objects, "DOWNLOAD_S", 30.0 if is_closing else 0.3)
+    Dripping.sizes = {name: (kept.folder / name).stat().st_size for name in FILES}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    store = open_store(tmp_path, tracking_uri=f"http://127.0.0.1:{server.server_port}")
+    version = kept.version(source="mlflow-artifacts:/1/models/m-1/artifacts")
+    began = time.monotonic()
+    message = "as the server is closing" if is_closing else r"not there within 0\.3 seconds"
+    with pytest.raises(StoreUnreachableError, match=message):
+        store.stage(version, is_over=lambda: is_closing and time.monotonic() - began > 0.3)
+    assert time.monotonic() - began < 3.0
+    assert tree(tmp_path / "store") == {}
+    server.shutdown()
+    server.server_close()
 
 
 FETCH = """

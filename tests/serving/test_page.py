@@ -1,5 +1,9 @@
-"""The page: its files, and a person who uses it in headless Chromium."""
+"""The page: its files, and a person who uses it in headless Chromium.
 
+Where PTV2_PAGE_PICTURES names a folder, pictures of a wide and a narrow window are written there.
+"""
+
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +60,7 @@ browser_parts = pytest.importorskip("tests.serving.browser_parts", reason="needs
 PROGRAM = browser_parts.browser()
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed")
 TOKEN = "a" * 32
+PICTURES = os.environ.get("PTV2_PAGE_PICTURES")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,11 @@ def test_page_fits_wide_and_narrow_windows(
     assert page.run("document.querySelectorAll('#loaded tr').length") == 6
     columns = "getComputedStyle(document.getElementById('ask')).gridTemplateColumns.split(' ')"
     assert page.run(f"{columns}.length") == (2 if width > 860 else 1)
+    if PICTURES:
+        # so that the chart has lines
+        page.wait("state.history.length >= 4")
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        page.photograph(Path(PICTURES) / f"page-{width}.png")
 
 
 @needs_browser
@@ -170,6 +180,22 @@ def test_page_says_why_there_is_no_answer(page: "browser_parts.Page", server: Ru
     page.run("document.getElementById('form').requestSubmit()")
     page.wait("!document.getElementById('error').hidden")
     assert page.text("#error").startswith("input 1: expected a `text`")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_page_asks_for_the_list_again_only_when_it_may_have_changed(
+    page: "browser_parts.Page", server: Running
+) -> None:
+    open_page(page, server)
+    page.wait("state.history.length >= 3")
+    asked = [address.removeprefix(server.base) for address in page.asked()]
+    assert asked.count("/v1/status") >= 3
+    assert asked.count("/v1/tasks") == 1
+    page.run("state.listed = 'another'")
+    page.run("state.history.length = 0")
+    page.wait("state.history.length >= 2")
+    assert [address.removeprefix(server.base) for address in page.asked()].count("/v1/tasks") == 2
 
 
 @needs_browser

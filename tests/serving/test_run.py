@@ -1,6 +1,8 @@
 """The server as a process: where it listens, and how it ends."""
 
+import gc
 import json
+import re
 import signal
 import socket
 import threading
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from ptv2_serving.http.config import ServeConfig
-from ptv2_serving.run import ListenError, address_of, listen
+from ptv2_serving.run import ListenError, address_of, listen, spare_what_is_loaded
 from tests.serving.http_parts import Running, running
 
 PREDICT = "/v1/tasks/intents/predict"
@@ -93,3 +95,24 @@ def test_listen_says_what_is_wrong_with_an_address() -> None:
 def test_address_of_is_what_a_browser_takes() -> None:
     assert address_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
     assert address_of("::1", 8000) == "http://[::1]:8000"
+
+
+def test_run_takes_what_is_loaded_out_of_the_garbage_collectors_sight() -> None:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        spare_what_is_loaded()
+        assert gc.get_freeze_count() > frozen + 1000
+        assert len(gc.get_objects(generation=2)) < 1000
+        assert gc.get_threshold()[:2] == before[:2]
+        assert gc.get_threshold()[2] > before[2]
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+
+
+def test_run_watches_its_event_loop() -> None:
+    with running() as server:
+        time.sleep(0.5)
+        text = httpx.get(server.base + "/metrics").text
+    (count,) = re.findall(r"^ptv2_loop_lag_seconds_count (\S+)$", text, re.MULTILINE)
+    assert float(count) >= 2

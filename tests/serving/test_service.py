@@ -10,7 +10,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from ptv2_core.errors import DataError
+from ptv2_core.errors import ArtifactError, DataError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_serving import golden
 from ptv2_serving.answering import (
@@ -22,11 +22,12 @@ from ptv2_serving.answering import (
     UnknownTaskError,
 )
 from ptv2_serving.control import Registry
-from ptv2_serving.engine.engine import Computed
+from ptv2_serving.engine.requests import Computed, Trial
 from ptv2_serving.guard import Limits
 from ptv2_serving.opening import ServiceConfig, open_service
 from ptv2_serving.routes import share_of
-from ptv2_serving.service import PromptService, agrees
+from ptv2_serving.service import MAX_SHADOWS, PromptService, agrees
+from ptv2_serving.tracking import StoreError
 from tests.registry_parts import Workspace
 
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ class Serving:
     def ask(self, text: str = TEXTS[0], task: str = "intents", **how: Any) -> Answer:
         return self.run(self.asking(text, task, **how))
 
-    async def asking(self, text: str, task: str = "intents", **how: Any) -> Answer:
+    async def asking(self, text: str = TEXTS[0], task: str = "intents", **how: Any) -> Answer:
         settings = {"request_id": "some", "timeout_s": TIMEOUT_S, **how}
         return await self.service.predict(task, [{"text": text}], **settings)
 
@@ -258,15 +259,15 @@ def test_service_takes_a_failing_canary_back_and_tells_the_registry(
 def test_service_refuses_a_canary_whose_golden_inputs_have_other_answers(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = serving.service._engine.compute
-    known = set(serving.service._engine.sizes)
+    put = serving.service._engine.put
 
-    async def turned(slot: int, *args: Any, **settings: Any) -> Computed:
-        computed = await compute(slot, *args, **settings)
-        logits = computed.logits if slot in known else [-10 * own for own in computed.logits]
-        return replace(computed, logits=logits)
+    async def turned(folder: Path, *, alone: bool, trial: Trial | None = None) -> int:
+        assert trial is not None
+        check = trial.check
+        turning = replace(trial, check=lambda logits: check([-10 * own for own in logits]))
+        return await put(folder, alone=alone, trial=turning)
 
-    monkeypatch.setattr(serving.service._engine, "compute", turned)
+    monkeypatch.setattr(serving.service._engine, "put", turned)
     monkeypatch.setattr(golden, "CLEAR_MARGIN", 0.0)
     serving.registry.set_canary("intents", 3, 50.0)
     assert serving.run(serving.service.reload()) == []
@@ -386,6 +387,100 @@ def test_service_starts_from_its_store_when_the_registry_is_away(tmp_path: Path)
     made.runner.close()
 
 
+def test_service_starts_with_the_last_good_version_of_a_task_whose_champion_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Serving(tmp_path)
+    made.open()
+    made.run(made.service.close())
+    weights = made.workspace.stored(3) / "artifacts" / "prompt" / "prompt.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    made.registry.promote("intents:3")
+    notes = made.open()
+    assert len(notes) == 1
+    assert notes[0].startswith("intents: version 1, served last, answers: ")
+    assert "not a safetensors file" in notes[0]
+    made.check(TEXTS[0], made.ask())
+    assert made.service.tasks()[0].problem
+    # nothing of it is lost to the next start, nor to one whose registry refuses
+    made.run(made.service.reload())
+    made.run(made.service.close())
+    client = made.workspace.client()
+    client.delete_model_version("intents", "3")
+    client.set_registered_model_alias("intents", "champion", "2")
+    client.delete_model_version_tag("intents", "2", "manifest_sha256")
+    notes = made.open()
+    assert notes[0].startswith("intents: what was served last is served again: champion: ")
+    assert made.ask().prompt.version == 1
+    made.run(made.service.close())
+
+    def refuse(self: Registry, tasks: Any = None) -> Any:
+        raise StoreError("not let in")
+
+    monkeypatch.setattr(Registry, "routings", refuse)
+    (note,) = made.open()
+    assert "what was served last is served again (not let in)" in note
+    assert made.ask().prompt.version == 1
+    made.run(made.service.close())
+    made.runner.close()
+
+
+@pytest.mark.parametrize("fails", ["offline", "engine"])
+def test_service_keeps_nothing_of_a_prompt_that_fails_one_of_both_checks(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    engine, loader = serving.service._engine, serving.service._follower._loader
+
+    def refuse(*_: Any) -> None:
+        raise ArtifactError("golden input 1 has another answer")
+
+    with monkeypatch.context() as broken:
+        if fails == "offline":
+            broken.setattr(loader, "verify", refuse)
+        else:
+            broken.setattr("ptv2_serving.loading.check_decisions", refuse)
+        before = (set(engine.sizes), _stored(serving))
+        serving.workspace.register(test=0.3, seed=5)
+        number = len(serving.workspace.client().search_model_versions("name = 'intents'"))
+        serving.registry.promote(f"intents:{number}")
+        assert serving.run(serving.service.reload()) == [
+            "intents: golden input 1 has another answer"
+        ]
+        assert (set(engine.sizes), _stored(serving)) == before
+        assert serving.ask().prompt.version == 1
+
+
+def _stored(serving: Serving) -> set[str]:
+    store = serving.config.store
+    return {path.name for part in ("objects", "incoming") for path in (store / part).iterdir()}
+
+
+def test_service_asks_no_more_shadows_side_by_side_than_it_should(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let_go = 0, asyncio.Event()
+    ask = serving.service._asker.ask
+
+    async def waiting(resident: Any, role: Any, *args: Any, **how: Any) -> Answer:
+        nonlocal asked
+        if role == "shadow":
+            asked += 1
+            await let_go.wait()
+        return await ask(resident, role, *args, **how)
+
+    async def flooded() -> None:
+        await asyncio.gather(*(serving.asking() for _ in range(50)))
+        await asyncio.sleep(0.05)
+        let_go.set()
+        await asyncio.sleep(0.5)
+
+    serving.registry.set_shadow("intents", 2)
+    serving.run(serving.service.reload())
+    monkeypatch.setattr(serving.service._asker, "ask", waiting)
+    serving.run(flooded())
+    assert asked == MAX_SHADOWS
+
+
 def test_service_drains_what_it_took_and_takes_no_more(tmp_path: Path) -> None:
     made = Serving(tmp_path)
     made.open(tasks=("intents",))
@@ -447,7 +542,7 @@ def test_service_refuses_with_a_full_queue(
             ]
             while sum(task.done() for task in asked) < 2:
                 await asyncio.sleep(0.01)
-        engine._pump()
+        engine.on_free()
         return await asyncio.gather(*asked, return_exceptions=True)
 
     found = serving.run(asyncio.wait_for(flooded(), TIMEOUT_S))

@@ -5,8 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from ptv2_serving.engine.engine import Request
 from ptv2_serving.engine.forward import Row
+from ptv2_serving.engine.requests import Request
 from ptv2_serving.engine.waiting import Item, Waiting
 
 

@@ -1,0 +1,307 @@
+"""The processes that compute, as the event loop sees them: started, spoken to, started again."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from ptv2_serving.answering import ServingError
+from ptv2_serving.engine.forward import BackboneChoice
+from ptv2_serving.engine.process import Host
+from ptv2_serving.engine.waiting import Item
+
+LOG = logging.getLogger(__name__)
+# between the end of a process and its successor, so that one that cannot live is not a busy loop
+RESTART_AFTER_S = 0.5
+
+
+class Owner(Protocol):
+    """Whose rows the processes compute."""
+
+    def folders(self) -> Mapping[int, Path]:
+        """Return the folder of each resident prompt, by slot."""
+        ...
+
+    def on_free(self) -> None:
+        """A process has room for a batch."""
+        ...
+
+    def on_logits(self, items: Sequence[Item], logits: Sequence[Any]) -> None:
+        """A batch was computed; None stands for a row whose prompt that process does not hold."""
+        ...
+
+    def on_failed(self, items: Sequence[Item], problem: str) -> None:
+        """A batch was not computed."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Worker:
+    """One process that computes.
+
+    Attributes:
+        connection: To it.
+        pid: Its number, once it has said it.
+        is_ready: Whether it holds all prompts, and may compute.
+        batches: What it was given and has not answered, by number.
+        calls: What else it was asked and has not answered, by number.
+    """
+
+    connection: Connection
+    pid: int | None = None
+    is_ready: bool = False
+    batches: dict[int, list[Item]] = field(default_factory=dict)
+    calls: dict[int, "asyncio.Future[Any]"] = field(default_factory=dict)
+
+
+class Pool:
+    """All processes. One that ends is replaced, and its rows go back to their owner.
+
+    Attributes:
+        backbone: What the latest process said of it.
+        workers: Those that live, the ones that are not ready yet too.
+        restarts: How many ended after they had been ready.
+    """
+
+    def __init__(
+        self, choice: BackboneChoice, owner: Owner, *, processes: int, threads: int
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            choice: The backbone.
+            owner: Is told what happens.
+            processes: How many there should be; on CUDA there is one.
+            threads: Of each.
+        """
+        self.backbone: dict[str, Any] = {}
+        self.workers: list[Worker] = []
+        self.restarts = 0
+        self.host: Host | None = None
+        self._choice = choice
+        self._owner = owner
+        self._processes = processes
+        self._threads = threads
+        self._numbers = count()
+        self._is_started = False
+        self._is_closing = False
+        self._mending: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> list[Worker]:
+        """Those that compute now."""
+        return [worker for worker in self.workers if worker.is_ready]
+
+    @property
+    def _is_forked(self) -> bool:
+        return bool(self.backbone) and self.backbone["device"] == "cpu"
+
+    @property
+    def _num_wanted(self) -> int:
+        return self._processes if self._is_forked else 1
+
+    async def start(self) -> None:
+        """Load the backbone and start all processes.
+
+        Raises:
+            ServingError: The backbone is not there, or a process ended before it was ready.
+        """
+        await self._add()
+        for _ in range(self._num_wanted - 1):
+            try:
+                await self._add()
+            except OSError as error:
+                raise ServingError(f"a process of the engine could not start: {error}") from error
+        self._is_started = True
+        self._mend()
+
+    async def close(self) -> None:
+        """End all processes."""
+        self._is_closing = True
+        if self._mending is not None:
+            self._mending.cancel()
+        for worker in list(self.workers):
+            self._lose(worker)
+        if self.host is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.host.end)
+
+    # Starting
+
+    async def _add(self) -> None:
+        """Start a process; where there is none to fork it from, load the backbone first.
+
+        Raises:
+            ServingError: It ended before it was ready.
+            OSError: The process to fork from has just ended.
+        """
+        host = self.host
+        if host is not None and self._is_forked and host.process.is_alive():
+            await self._join(host.fork())
+            return
+        loop = asyncio.get_running_loop()
+        if host is not None:
+            # its children go on by themselves
+            await loop.run_in_executor(None, host.end)
+        self.host = await loop.run_in_executor(
+            None, lambda: Host(self._choice, threads=self._threads, name="ptv2-engine")
+        )
+        await self._join(self.host.first)
+
+    async def _join(self, connection: Connection) -> None:
+        """Wait until a process is ready, give it all prompts, and let it compute."""
+        worker, loop = Worker(connection=connection), asyncio.get_running_loop()
+        ready = worker.calls[-1] = loop.create_future()
+        self.workers.append(worker)
+        loop.add_reader(connection.fileno(), self._on_message, worker)
+        try:
+            self.backbone = await ready
+            worker.pid = self.backbone["pid"]
+            await self._fill(worker)
+        except BaseException:
+            self._lose(worker)
+            raise
+        worker.is_ready = True
+        self._owner.on_free()
+
+    async def _fill(self, worker: Worker) -> None:
+        """Give a process all prompts in one message: with many, it and we would wait for ever.
+
+        It would not read any more before its answers are read, and we not before ours is sent.
+        """
+        missing: Mapping[int, str] = dict.fromkeys(self._owner.folders(), "")
+        # twice: a prompt may have been renamed into the store meanwhile
+        for _ in range(2):
+            folders = [
+                (slot, str(folder))
+                for slot, folder in self._owner.folders().items()
+                if slot in missing
+            ]
+            if not folders:
+                return
+            missing = await self.call(worker, "fill", folders)
+        for slot, problem in missing.items():
+            if slot in self._owner.folders():
+                LOG.error("a process of the engine lacks a prompt: %s", problem)
+
+    def _mend(self) -> None:
+        """Let one task start what is missing, however many ended."""
+        is_mending = self._mending is not None and not self._mending.done()
+        if self._is_started and not self._is_closing and not is_mending:
+            self._mending = asyncio.get_running_loop().create_task(self._restart())
+
+    async def _restart(self) -> None:
+        while len(self.workers) < self._num_wanted:
+            await asyncio.sleep(RESTART_AFTER_S)
+            try:
+                await self._add()
+            except (OSError, ServingError) as error:
+                LOG.warning("a process of the engine could not be started again: %s", error)
+
+    def _lose(self, worker: Worker) -> None:
+        """Forget a process that ended, give its rows back, and see to another."""
+        if worker not in self.workers:
+            return
+        self.workers.remove(worker)
+        asyncio.get_running_loop().remove_reader(worker.connection.fileno())
+        worker.connection.close()
+        was_ready, worker.is_ready = worker.is_ready, False
+        for answer in worker.calls.values():
+            if not answer.done():
+                error = (
+                    ConnectionResetError("the process ended")
+                    if was_ready
+                    else ServingError("a process of the engine ended before it was ready")
+                )
+                answer.set_exception(error)
+        for items in worker.batches.values():
+            self._owner.on_failed(items, "the process that computed it ended")
+        if was_ready and not self._is_closing:
+            LOG.warning("process %s of the engine ended; another one is started", worker.pid)
+            self.restarts += 1
+            self._mend()
+
+    # Messages
+
+    async def call(self, worker: Worker, kind: str, *arguments: Any) -> Any:
+        """Ask a process, and return its answer.
+
+        Raises:
+            ServingError: It says that it could not.
+            ConnectionError: It ended.
+        """
+        if worker not in self.workers:
+            raise ConnectionResetError("the process ended")
+        number = next(self._numbers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        worker.calls[number] = answer
+        self._tell(worker, (kind, number, *arguments))
+        return await answer
+
+    async def call_all(self, kind: str, *arguments: Any) -> list[Any]:
+        """Ask all processes, and return the answers of those that compute and still live.
+
+        Those that are not ready yet are told, and nobody waits for them.
+
+        Raises:
+            ServingError: One says that it could not.
+        """
+        ready = self.ready
+        for worker in list(self.workers):
+            if not worker.is_ready:
+                self._tell(worker, (kind, next(self._numbers), *arguments))
+        calls = [self._call_living(worker, kind, *arguments) for worker in ready]
+        return [answer for answer in await asyncio.gather(*calls) if answer is not None]
+
+    async def _call_living(self, worker: Worker, kind: str, *arguments: Any) -> Any:
+        try:
+            return await self.call(worker, kind, *arguments)
+        except ConnectionError:
+            return None  # its successor is filled before it computes
+
+    def tell_all(self, kind: str, *arguments: Any) -> None:
+        """Tell all processes something that has no answer of use."""
+        for worker in list(self.workers):
+            self._tell(worker, (kind, next(self._numbers), *arguments))
+
+    def give(self, worker: Worker, items: list[Item]) -> None:
+        """Give a process a batch."""
+        number = next(self._numbers)
+        worker.batches[number] = items
+        self._tell(worker, ("run", number, [item.row.to_tuple() for item in items]))
+
+    def _tell(self, worker: Worker, message: tuple[Any, ...]) -> None:
+        try:
+            worker.connection.send(message)
+        except OSError:
+            self._lose(worker)
+
+    def _on_message(self, worker: Worker) -> None:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            self._lose(worker)
+            return
+        kind, number, *rest = message
+        if kind == "ready":
+            worker.calls.pop(-1).set_result(rest[0] | {"pid": number})
+        elif kind == "refused":
+            worker.calls.pop(-1).set_exception(ServingError(number))
+        elif number in worker.batches:
+            items = worker.batches.pop(number)
+            if kind == "ran":
+                self._owner.on_logits(items, rest[0])
+            else:
+                self._owner.on_failed(items, rest[0])
+            self._owner.on_free()
+        elif number in worker.calls:
+            answer = worker.calls.pop(number)
+            if answer.done():
+                return
+            if kind == "failed":
+                answer.set_exception(ServingError(rest[0]))
+            else:
+                answer.set_result(rest[0])
