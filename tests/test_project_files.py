@@ -42,6 +42,10 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads(read("pyproject.toml"))
 
 
+def minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 def extras_of_make() -> str:
     (extras,) = re.findall(r"^EXTRAS := ([a-z,]+)$", read("Makefile"), flags=re.M)
     assert "-e '.[$(EXTRAS)]'" in read("Makefile")
@@ -82,7 +86,8 @@ def test_versions_of_transformers_that_are_tested_are_those_that_are_allowed() -
     (locked,) = re.findall(r"^transformers==(\d+\.\d+)\.", read("constraints.txt"), flags=re.M)
     oldest, newest = TESTED_VERSIONS
     assert spec == f"transformers>={oldest}"
-    assert newest == locked
+    # the lock may wait for others, such as PEFT, to follow the newest
+    assert minor(oldest) <= minor(locked) <= minor(newest)
     # `make test-versions` gives each an environment with the same extras
     (extras,) = re.findall(r'^EXTRAS = "([a-z,]+)"$', read("noxfile.py"), flags=re.M)
     assert extras == extras_of_make()

@@ -1,10 +1,12 @@
 """What the tests of PEFT's format are built from: prompts, adapters, and both sides' logits."""
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
@@ -152,6 +154,30 @@ def prompt_of(
     return folder
 
 
+def _as_peft_knows_it(model: Any) -> Any:
+    """Return a model whose forward names the argument that PEFT 0.21 looks for.
+
+    Transformers 5.24 calls it `cache`, and PEFT's prefix tuning refuses to run with that.
+    """
+    for one in (model, model.base_model):
+        forward = one.forward
+        signature = inspect.signature(forward)
+        if "cache" not in signature.parameters or "past_key_values" in signature.parameters:
+            continue
+
+        def run(*given: Any, _forward: Any = forward, **named: Any) -> Any:
+            if "past_key_values" in named:
+                named["cache"] = named.pop("past_key_values")
+            return _forward(*given, **named)
+
+        past = inspect.Parameter("past_key_values", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = list(signature.parameters.values())
+        kept = [one for one in named if one.kind != inspect.Parameter.VAR_KEYWORD]
+        run.__signature__ = inspect.Signature([*kept, past.replace(default=None)])  # type: ignore[attr-defined]
+        one.forward = run
+    return model
+
+
 def load_peft(folder: Path, backbone_folder: Path, task: TaskSpec) -> PeftModel:
     """Load a folder as a user of PEFT does."""
     auto = AUTO[json.loads((folder / "adapter_config.json").read_text())["task_type"]]
@@ -159,7 +185,7 @@ def load_peft(folder: Path, backbone_folder: Path, task: TaskSpec) -> PeftModel:
     with warnings.catch_warnings():
         # of a key of the adapter that found no place, above all
         warnings.simplefilter("error", UserWarning)
-        base = auto.from_pretrained(backbone_folder, **sized)
+        base = _as_peft_knows_it(auto.from_pretrained(backbone_folder, **sized))
         return PeftModel.from_pretrained(base, folder).eval()
 
 
@@ -171,7 +197,7 @@ def peft_of(
     sized = {"num_labels": task.num_outputs} if task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        base = AUTO[task_type].from_pretrained(backbone_folder, **sized)
+        base = _as_peft_knows_it(AUTO[task_type].from_pretrained(backbone_folder, **sized))
         config = PrefixTuningConfig(task_type=task_type, num_virtual_tokens=6, **more)
         model = get_peft_model(base, config).eval()
     model.save_pretrained(folder)
@@ -196,5 +222,11 @@ def run_readme(folder: Path) -> dict[str, Any]:
     """Run the README's code; returns its names."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
-    exec(code.replace("THIS FOLDER", str(folder)), found)
+    load = PeftModel.from_pretrained
+
+    def loaded(model: Any, *given: Any, **named: Any) -> Any:
+        return load(_as_peft_knows_it(model), *given, **named)
+
+    with patch.object(PeftModel, "from_pretrained", loaded):
+        exec(code.replace("THIS FOLDER", str(folder)), found)
     return found

@@ -15,6 +15,7 @@ from pipelines.settings import child_environment
 
 if TYPE_CHECKING:
     from tests.pipelines.fault_parts import Nursery
+    from tests.pipelines.postgres import Postgres
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -170,3 +171,15 @@ def warm_hosts(warm: "Nursery") -> Iterator[None]:
     """Have the hosts of a module's sweeps forked from a warm process."""
     with warm.hatching():
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator["Postgres"]:
+    """Return a real PostgreSQL server on the loopback."""
+    pytest.importorskip("psycopg2", reason="needs `pip install 'ptv2[postgres]'`")
+    from tests.pipelines.postgres import is_possible, server
+
+    if not is_possible():
+        pytest.skip("needs PostgreSQL's initdb, and a user postgres where the tests run as root")
+    with server() as found:
+        yield found

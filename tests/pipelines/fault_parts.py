@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import psutil
+import sqlalchemy
 
 from pipelines.settings import child_environment
 from pipelines.sweep import hosts
 from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
+from pipelines.sweep.urls import with_driver
 from pipelines.threads import thread_environment
 from tests.pipelines.processes import environment, processes
 
@@ -224,27 +226,38 @@ def database(root: Path) -> Path:
     return root / ".ptv2" / "sweeps.db"
 
 
-def rows(root: Path, query: str) -> list[Any]:
-    """Return what the studies' database answers; nothing while there is none, or it is locked."""
-    if not database(root).exists():
+def rows(place: Path | str, query: str) -> list[Any]:
+    """Return what the studies' database answers; nothing while there is none, or it is locked.
+
+    Args:
+        place: A workspace, whose database is SQLite; or the URL of another one.
+        query: In SQL.
+    """
+    if isinstance(place, str):
+        engine = sqlalchemy.create_engine(with_driver(place), poolclass=sqlalchemy.NullPool)
+        # before the first study there is no table
+        with suppress(sqlalchemy.exc.ProgrammingError), engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sqlalchemy.text(query))]
         return []
-    place = f"file:{database(root)}?mode=rw"
+    if not database(place).exists():
+        return []
+    file = f"file:{database(place)}?mode=rw"
     with (
         suppress(sqlite3.OperationalError),
-        closing(sqlite3.connect(place, uri=True)) as connection,
+        closing(sqlite3.connect(file, uri=True)) as connection,
     ):
         return connection.execute(query).fetchall()
     return []
 
 
-def running_trials(root: Path) -> list[int]:
-    """Return the trials that train."""
-    return [number for (number,) in rows(root, "SELECT number FROM trials WHERE state='RUNNING'")]
+def running_trials(place: Path | str) -> list[int]:
+    """Return the trials that train; see `rows`."""
+    return [number for (number,) in rows(place, "SELECT number FROM trials WHERE state='RUNNING'")]
 
 
-def ended_trials(root: Path) -> int:
-    """Return how many trials have ended."""
-    return len(rows(root, "SELECT 1 FROM trials WHERE state NOT IN ('RUNNING', 'WAITING')"))
+def ended_trials(place: Path | str) -> int:
+    """Return how many trials have ended; see `rows`."""
+    return len(rows(place, "SELECT 1 FROM trials WHERE state NOT IN ('RUNNING', 'WAITING')"))
 
 
 def check_is_quiet(root: Path, patience_s: float = PATIENCE_S) -> None:

@@ -183,7 +183,7 @@ def test_engine_takes_a_slot_of_a_limited_card_for_each_process(
 ) -> None:
     lock, active, most = threading.Lock(), 0, 0
 
-    def train(order: Order) -> Ended:
+    def train(order: Order, on_score: object = None) -> Ended:
         nonlocal active, most
         with lock:
             active += 1

@@ -28,6 +28,7 @@ from tests.pipelines.fault_parts import (
     rows,
     running_trials,
 )
+from tests.pipelines.postgres import Postgres
 from tests.pipelines.processes import Running, environment, processes, program
 from tests.pipelines.sweep_engine import SWEEP, open_sweep
 from tests.registry_parts import empty_registry
@@ -62,16 +63,17 @@ def essence(record: SweepRecord) -> Any:
     return ended, record.finalists, record.asked, record.stopped
 
 
-def check_is_exact(record: SweepRecord, root: Path) -> None:
+def check_is_exact(record: SweepRecord, root: Path, storage: str | None = None) -> None:
     """Check what holds for any sweep, whatever became of its processes."""
+    place = storage or root
     assert [one.number for one in record.trials] == list(range(N))
     assert {one.state for one in record.trials} <= {"complete", "pruned"}
     for one in record.trials:
         assert one.value == max(one.epochs)
         assert (len(one.epochs) == 3) is (one.state == "complete")
-    ended = rows(root, "SELECT number FROM trials WHERE state IN ('COMPLETE', 'PRUNED')")
+    ended = rows(place, "SELECT number FROM trials WHERE state IN ('COMPLETE', 'PRUNED')")
     assert sorted(number for (number,) in ended) == list(range(N))
-    assert rows(root, "SELECT count(*) FROM studies") == [(1,)]
+    assert rows(place, "SELECT count(*) FROM studies") == [(1,)]
     assert [len(one.scores) for one in record.finalists] == [2, 2]
     check_is_quiet(root)
     assert litter(root) == []
@@ -111,19 +113,20 @@ class Fire:
         workers: int,
         finish: bool,
         engine: str = "processes",
+        storage: str | None = None,
     ) -> SweepRecord:
         """Sweep to the end, with so many kills on the way."""
-        left = kills
+        left, place = kills, storage or root
         while True:
             coordinator = warm.start(
-                root, workers=workers, retries=100, finish=finish, engine=engine
+                root, workers=workers, retries=100, finish=finish, engine=engine, storage=storage
             )
             # a trial whose host is killed twice trains smaller batches: another training
             next_host = 0
             while left and coordinator.code() is None:
                 is_host = self.chooser.random() < 0.5
-                self._wait(coordinator, root, is_host, finish)
-                hosts, ended = coordinator.hosts(), ended_trials(root)
+                self._wait(coordinator, place, is_host, finish)
+                hosts, ended = coordinator.hosts(), ended_trials(place)
                 if is_host and hosts and ended >= next_host:
                     with suppress(ProcessLookupError):
                         os.kill(self.chooser.choice(hosts), signal.SIGKILL)
@@ -136,13 +139,15 @@ class Fire:
             if coordinator.wait() != -signal.SIGKILL:
                 return coordinator.record()
 
-    def _wait(self, coordinator: Coordinator, root: Path, is_host: bool, finish: bool) -> None:
+    def _wait(
+        self, coordinator: Coordinator, place: Path | str, is_host: bool, finish: bool
+    ) -> None:
         """Wait for a moment anywhere in a sweep, from its first to its last."""
-        at = min(N, ended_trials(root) + self.chooser.choice((0, 0, 1, 2)))
+        at = min(N, ended_trials(place) + self.chooser.choice((0, 0, 1, 2)))
         coordinator.wait_until(
             lambda: (
                 coordinator.code() is not None
-                or (ended_trials(root) >= at and (coordinator.hosts() or not is_host))
+                or (ended_trials(place) >= at and (coordinator.hosts() or not is_host))
             )
         )
         longest_s = 3.0 if finish and at == N else 0.6
@@ -174,6 +179,29 @@ def test_sweep_ends_with_exactly_its_trials_whatever_is_killed(
             check_is_logged_once(root)
             assert SweepRecord.read(TaskPaths(root=root, task="intents")).trials == record.trials
         shutil.rmtree(root)
+        count += 1
+    print(f"{count} sweeps, {fire.coordinators} coordinators and {fire.hosts} hosts killed")
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
+def test_sweep_on_postgresql_ends_with_exactly_its_trials_whatever_is_killed(
+    warm: Nursery,
+    sweepable: Path,
+    undisturbed: SweepRecord,
+    postgres: Postgres,
+    tmp_path: Path,
+    kills: int,
+) -> None:
+    fire = Fire(seed=kills)
+    count = 0
+    while fire.kills < kills:
+        root = shutil.copytree(sweepable, tmp_path / f"space-{count}")
+        storage, here = postgres.new_database(), min(KILLS_PER_SWEEP, kills - fire.kills)
+        workers = 1 + count % 2
+        record = fire.sweep(warm, root, here, workers=workers, finish=False, storage=storage)
+        check_is_exact(record, root, storage)
+        if workers == 1:
+            assert essence(record) == essence(undisturbed)
         count += 1
     print(f"{count} sweeps, {fire.coordinators} coordinators and {fire.hosts} hosts killed")
 

@@ -6,7 +6,7 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipelines.sweep.record import SweepRecord
 from pipelines.sweep.training import Order
 from pipelines.sweep.trials import open_storage
 from pipelines.sweep.urls import shown, with_driver
-from tests.pipelines.postgres import PASSWORD, Postgres, is_possible, server
+from tests.pipelines.postgres import PASSWORD, Postgres
 from tests.pipelines.processes import processes
 from tests.pipelines.sweep_engine import after, open_sweep, run_sweep
 from tests.stage_parts import change_params
@@ -36,6 +36,17 @@ class Finished:
     root: Path
     storage: dict[str, Any]
     record: SweepRecord
+
+
+def settings_of(kind: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return settings of `sweep` that choose a database, which is empty."""
+    if kind == "sqlite":
+        return {}
+    if kind == "proxy":
+        pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
+        return {"engine": "dask"}  # which decides where the database is; what trains are threads
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return {"storage": postgres.new_database()}
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +84,6 @@ def finish(
 def whole(finish: Callable[[str], Finished]) -> SweepRecord:
     """What a sweep on SQLite finds that nothing happens to."""
     return finish("sqlite").record
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    pytest.importorskip("psycopg2", reason="needs `pip install 'ptv2[postgres]'`")
-    if not is_possible():
-        pytest.skip("needs PostgreSQL's initdb, and a user postgres where the tests run as root")
-    with server() as found:
-        yield found
-
-
-def settings_of(kind: str, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Return settings of `sweep` that choose a database, which is empty."""
-    if kind == "sqlite":
-        return {}
-    if kind == "proxy":
-        pytest.importorskip("grpc", reason="needs `pip install 'ptv2[dask]'`")
-        return {"engine": "dask"}  # which decides where the database is; what trains are threads
-    postgres: Postgres = request.getfixturevalue("postgres")
-    return {"storage": postgres.new_database()}
 
 
 @pytest.fixture(params=["sqlite", "proxy", "postgresql"])
