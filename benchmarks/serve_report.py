@@ -16,7 +16,7 @@ NAMES = {
     "copies": "a fine-tuned copy of the model a task",
     "copies_by_task": "  the same, each task's waiting rows together",
 }
-OURS = "mixed"
+OURS, ONE_TASK = "mixed", "one_task"
 
 
 def drawn(figures: Mapping[str, Any]) -> Group:
@@ -41,19 +41,15 @@ def _throughput(figures: Mapping[str, Any], table: Mapping[str, Any]) -> Table:
         found.add_column("ratio", justify="right")
     for key, name in NAMES.items():
         cells = []
-        for own in ways.values():
+        for tokens, own in ways.items():
             if key in own:
                 cells.append(f"{own[key]['per_s']:,.0f} ({own[key]['p95_ms']:,.0f})")
-                cells.append("" if key == OURS else f"{_ratio(own, key):.2f}x")
+                peer = "single_task" if key == ONE_TASK else key
+                times = "" if key == OURS else f"{table['ratios'][f'{peer}_t{tokens}']:.2f}x"
+                cells.append(times)
         if cells:
             found.add_row(name, *cells)
     return found
-
-
-def _ratio(ways: Mapping[str, Any], key: str) -> float:
-    """Return the ratio of the medians, for the table; the JSON has the median of ratios."""
-    ratio: float = ways[OURS]["per_s"] / ways[key]["per_s"]
-    return ratio
 
 
 def _rest(figures: Mapping[str, Any]) -> Table:

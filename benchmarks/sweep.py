@@ -69,7 +69,7 @@ def plans(*, quick: bool) -> list[Plan]:
         quick: Few rows, trials and epochs. The grid is that of the released script all the same.
     """
     slots: dict[str, int] = {"train": 1000, "dev": 250} if quick else {"train": 1500}
-    pairs: dict[str, int] = {"train": 100, "dev": 150} if quick else {"train": 1200}
+    pairs: dict[str, int] = {"train": 50, "dev": 100} if quick else {"train": 1200}
     return [
         Plan(
             task=task,
