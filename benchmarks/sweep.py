@@ -187,9 +187,9 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--engine",
-        action="append",
+        default="processes",
         choices=["processes", "ray", "dask"],
-        help="measure the overhead on this engine, processes unless said; may be repeated",
+        help="measure the overhead on this engine; default: %(default)s",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
     parser.add_argument(
@@ -220,9 +220,9 @@ def main(words: Sequence[str] | None = None) -> None:
             found = _side_by_side(chosen, scratch, curves.resolve(), data.resolve())
         overheads = sweep_overhead.measure(
             scratch / "overhead",
-            engines=given.engine or ["processes"],
+            engine=given.engine,
             workers=WORKERS,
-            trials=16 if given.quick else 60,
+            trials=40 if given.quick else 60,
         )
     figures = mapping(found, overheads)
     console.print(drawn(figures))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,38 +47,34 @@ class Overhead:
     overhead_ms: float
 
 
-def measure(
-    scratch: Path, *, engines: Sequence[str], workers: tuple[int, ...], trials: int
-) -> list[Overhead]:
-    """Sweep one tiny task on each engine with each number of workers, on one Prefect server.
+def measure(scratch: Path, *, engine: str, workers: tuple[int, ...], trials: int) -> list[Overhead]:
+    """Sweep one tiny task with each number of workers, on one temporary Prefect server.
 
     A worker's first trial loads data and backbone and is not timed; what Prefect, the study's
     database and the pipes between the processes take is in the rest.
 
     Args:
         scratch: A new folder.
-        engines: Names of engines; Ray and Dask start a cluster on this machine.
+        engine: Where the trials train; Ray and Dask start a cluster on this machine.
         workers: Numbers of workers.
         trials: Of each sweep.
     """
     scratch.mkdir(parents=True)
     backbone = backbone_folder("tiny", scratch)
     bert_tokenizer().save_pretrained(backbone)
-    runs = [(engine, count) for engine in engines for count in workers]
-    files = {run: scratch / f"params-{run[0]}-{run[1]}.yaml" for run in runs}
-    for place, (run, file) in enumerate(files.items(), start=1):
-        # a seed of its own makes a study of its own
-        params = _params(backbone, *run, trials=trials, seed=place)
+    files = {count: scratch / f"params-{count}.yaml" for count in workers}
+    for count, file in files.items():
+        params = _params(backbone, engine, count, trials=trials)
         file.write_text(json.dumps(params), encoding="utf-8")
-    settings = load_settings(files[runs[0]]).task(TASK)
+    settings = load_settings(files[workers[0]]).task(TASK)
     paths = TaskPaths(root=scratch, task=TASK)
     fetch.run(settings, paths)
     prepare.run(settings, paths)
     with session(scratch):
-        return [_measure(file, paths, *run) for run, file in files.items()]
+        return [_measure(file, paths, engine, count) for count, file in files.items()]
 
 
-def _params(backbone: Path, engine: str, workers: int, *, trials: int, seed: int) -> dict[str, Any]:
+def _params(backbone: Path, engine: str, workers: int, *, trials: int) -> dict[str, Any]:
     fetched = {"source": "demo", "path": str(DEMO / "intents.toml")}
     prepared = {
         "kind": "classification",
@@ -89,7 +85,8 @@ def _params(backbone: Path, engine: str, workers: int, *, trials: int, seed: int
     return {
         "backbone": {"name": str(backbone), "revision": None, "digest": None, "device": "cpu"},
         "prepare": {},
-        "search": {"epochs": 1, "pruner": "none", "seed": seed},
+        # a seed of its own makes a study of its own
+        "search": {"epochs": 1, "pruner": "none", "seed": workers},
         "train": {},
         "evaluate": {},
         "register": {},

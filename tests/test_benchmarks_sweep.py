@@ -162,7 +162,7 @@ def test_command_without_the_data_says_so_and_gives_the_overhead(
     monkeypatch.setenv("PTV2_BENCH_DATA", str(tmp_path / "none"))
     monkeypatch.setattr(
         "benchmarks.sweep_overhead.measure",
-        lambda scratch, *, engines, workers, trials: OVERHEADS[:1] if trials == 16 else [],
+        lambda scratch, *, engine, workers, trials: OVERHEADS[:1] if trials == 40 else [],
     )
     main(["--quick", "--json", str(tmp_path / "figures.json")])
     assert "no epochs are counted: rte, snips not found" in capsys.readouterr().out
