@@ -93,7 +93,9 @@ def test_pruner_that_is_asked_again_says_the_same_and_writes_nothing(
 
 
 def test_halving_gives_up_a_trial_whose_score_is_no_number() -> None:
-    study = optuna.create_study(direction="maximize", pruner=new_pruner(search("hyperband", 1)))
+    study = optuna.create_study(
+        direction="maximize", pruner=new_pruner(search("successive_halving", 1))
+    )
     for score in (float("nan"), 0.5):
         trial = study.ask()
         trial.report(score, 4)
