@@ -50,7 +50,7 @@ TASKS, CLIENTS = 50, 64
 TOKENS = (16, 32, 64)
 LOOKED_AT = (10, 100, 300)
 PUBLISHED, DEFAULT = 16, 64
-# the parts of `--quick` on a quiet machine: 2 cores of an AMD EPYC, AVX512-BF16
+# the parts of `--quick`, estimated from an earlier run: 2 cores of an AMD EPYC, AVX512-BF16
 USUAL = {
     "P = 16": Usual(12, 0),
     "P = 16, T = 16": Usual(3, 18),

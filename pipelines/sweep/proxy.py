@@ -4,7 +4,6 @@ Run as `python -m pipelines.sweep.proxy URL HOST PORT`. It asks for no password,
 not, so it listens on this machine alone, unless the cluster is elsewhere.
 """
 
-import ipaddress
 import socket
 import sys
 import threading
@@ -24,6 +23,7 @@ from pipelines.errors import PipelineError
 from pipelines.local_servers import POLL_S, STARTUP_TIMEOUT_S, free_port, last_lines
 from pipelines.settings import child_environment
 from pipelines.sweep.storages import open_storage
+from pipelines.sweep.urls import is_loopback
 
 LOOPBACK = "127.0.0.1"
 WATCH_S = 0.2
@@ -97,7 +97,7 @@ def listening_address(towards: str | None) -> str:
         # sends nothing: the kernel chooses the interface
         probe.connect((towards, 9))
         found = str(probe.getsockname()[0])
-    return LOOPBACK if ipaddress.ip_address(found).is_loopback else found
+    return LOOPBACK if is_loopback(found) else found
 
 
 class _Outspoken:
