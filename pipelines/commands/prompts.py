@@ -76,7 +76,7 @@ def serve(
     engines: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that compute.", show_default="a core each but one; 1 on a GPU"
+            min=1, help="Processes that compute.", show_default="a GPU each, or a core each but one"
         ),
     ] = None,
     token_budget: Annotated[

@@ -1,5 +1,6 @@
 """Prefect: a sweep as a flow run, and the sweep of each task as one within it."""
 
+from contextlib import chdir
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,13 +127,9 @@ def ptv2_sweep(
         settings = load_settings(Path(root).resolve() / "params.yaml")
         chosen = [settings.task(name).name for name in tasks] if tasks else list(settings.tasks)
         sweep = overlaid(settings.sweep, {"n_trials": trials, "workers": workers})
-        for task in chosen:
-            try:
-                session.records.append(_prepared_and_swept(settings, task, sweep, session.on_look))
-            except PTv2Error as error:
-                # what is wrong with one task is no reason to leave the next one out
-                message = f"{task}: {error}" if len(chosen) > 1 else str(error)
-                session.failed.append(PipelineError(message))
+        # a backbone's folder is relative to the workspace, wherever a worker starts its flow runs
+        with chdir(settings.root):
+            _sweep_all(settings, chosen, sweep, session)
     except KeyboardInterrupt as interrupt:
         session.raised = interrupt
         return Cancelled(message="interrupted; no finished trial is lost")
@@ -146,6 +143,18 @@ def ptv2_sweep(
     if session.failed:
         return Failed(message="; ".join([*map(str, session.failed), *words]))
     return Completed(message="; ".join(words))
+
+
+def _sweep_all(
+    settings: Settings, chosen: list[str], sweep: SweepSettings, session: _Session
+) -> None:
+    for task in chosen:
+        try:
+            session.records.append(_prepared_and_swept(settings, task, sweep, session.on_look))
+        except PTv2Error as error:
+            # what is wrong with one task is no reason to leave the next one out
+            message = f"{task}: {error}" if len(chosen) > 1 else str(error)
+            session.failed.append(PipelineError(message))
 
 
 def _prepared_and_swept(

@@ -311,7 +311,8 @@ class SweepStudy:
             patience: Trials on end that may bring no gain; None: all may.
             margin: What counts as a gain of the score.
         """
-        trials = self.trials()
+        # one that failed or crashed says nothing of what is still to be gained
+        trials = [one for one in self.trials() if one.state in ("complete", "pruned")]
         if patience is None or len(trials) <= patience:
             return ""
         best, late = _best(trials[:-patience]), _best(trials[-patience:])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ptv2_core.artifact import load_manifest, load_weights, restore_model
 from ptv2_core.config import Device, Precision
 from ptv2_core.model.backbones.base import Backbone
-from ptv2_core.model.backbones.loading import load_backbone
+from ptv2_core.model.backbones.loading import choose_device, load_backbone, num_cards
 from ptv2_core.model.heads import LinearHead, read, reads_first_token
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import NoPrompt, PromptBank
@@ -44,12 +44,26 @@ class BackboneChoice:
     precision: Precision
     language_model: bool
 
-    def load(self) -> Backbone:
+    @property
+    def num_cards(self) -> int:
+        """GPUs that it may be on; 0: it is on the CPU.
+
+        Raises:
+            BackboneError: The device is not on this machine.
+        """
+        return num_cards(self.device)
+
+    def load(self, card: int | None = None) -> Backbone:
         """Load it.
+
+        Args:
+            card: Number of the GPU, which becomes the one of this thread; None: the CPU.
 
         Raises:
             BackboneError: It is not there or is another one.
         """
+        if card is not None and choose_device(self.device).type == "cuda":
+            torch.cuda.set_device(card)
         return load_backbone(
             self.name,
             self.revision,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -9,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from ptv2_core.errors import BackboneError
 from ptv2_serving.answering import ServingError
 from ptv2_serving.engine.forward import BackboneChoice
 from ptv2_serving.engine.process import Host
@@ -45,6 +47,8 @@ class Worker:
 
     Attributes:
         connection: To it.
+        host: Itself, where it loaded the backbone and is not forked.
+        card: The number of its GPU; None: it is on the CPU.
         pid: Its number, once it has said it.
         is_ready: Whether it holds all prompts, and may compute.
         batches: What it was given and has not answered, by number.
@@ -52,6 +56,8 @@ class Worker:
     """
 
     connection: Connection
+    host: Host | None = None
+    card: int | None = None
     pid: int | None = None
     is_ready: bool = False
     batches: dict[int, list[Item]] = field(default_factory=dict)
@@ -65,6 +71,7 @@ class Pool:
         backbone: What the latest process said of it.
         workers: Those that live, the ones that are not ready yet too.
         restarts: How many ended after they had been ready.
+        host: The process that the others are forked from; None on GPUs.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class Pool:
         Args:
             choice: The backbone.
             owner: Is told what happens.
-            processes: How many there should be; on CUDA there is one.
+            processes: How many there should be; on GPUs they take turns, a card each.
             threads: Of each.
         """
         self.backbone: dict[str, Any] = {}
@@ -85,6 +92,9 @@ class Pool:
         self._choice = choice
         self._owner = owner
         self._processes = processes
+        self._cards = 0
+        self._on_card: Counter[int] = Counter()
+        self._ending: set[asyncio.Future[None]] = set()
         self._threads = threads
         self._numbers = count()
         self._is_started = False
@@ -96,26 +106,23 @@ class Pool:
         """Those that compute now."""
         return [worker for worker in self.workers if worker.is_ready]
 
-    @property
-    def _is_forked(self) -> bool:
-        return bool(self.backbone) and self.backbone["device"] == "cpu"
-
-    @property
-    def _num_wanted(self) -> int:
-        return self._processes if self._is_forked else 1
-
     async def start(self) -> None:
         """Load the backbone and start all processes.
 
         Raises:
             ServingError: The backbone is not there, or a process ended before it was ready.
         """
-        await self._add()
-        for _ in range(self._num_wanted - 1):
-            try:
-                await self._add()
-            except OSError as error:
-                raise ServingError(f"a process of the engine could not start: {error}") from error
+        try:
+            self._cards = self._choice.num_cards
+            if self._cards:
+                await self._add_on_cards()
+            else:
+                for _ in range(self._processes):
+                    await self._add_forked()
+        except BackboneError as error:
+            raise ServingError(str(error)) from error
+        except OSError as error:
+            raise ServingError(f"a process of the engine could not start: {error}") from error
         self._is_started = True
         self._mend()
 
@@ -127,11 +134,42 @@ class Pool:
         for worker in list(self.workers):
             self._lose(worker)
         if self.host is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self.host.end)
+            self._end_later(self.host)
+        await asyncio.gather(*self._ending)
+
+    def _end_later(self, host: Host) -> "asyncio.Future[None]":
+        """End a process that loaded the backbone; it may take its time."""
+        ending = asyncio.get_running_loop().run_in_executor(None, host.end)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        return ending
 
     # Starting
 
-    async def _add(self) -> None:
+    async def _add_on_cards(self) -> None:
+        """Start all processes at once: each loads the backbone, for as long as one would."""
+        adding = [self._add_on_card() for _ in range(self._processes)]
+        for found in await asyncio.gather(*adding, return_exceptions=True):
+            if found is not None:
+                raise found
+
+    async def _add_on_card(self) -> None:
+        """Start a process on the card that has the fewest.
+
+        Raises:
+            ServingError: It ended before it was ready.
+            OSError: It could not be started.
+        """
+        card = min(range(self._cards), key=lambda one: (self._on_card[one], one))
+        self._on_card[card] += 1
+        try:
+            host = await self._load(f"ptv2-engine-{card}", card)
+        except BaseException:
+            self._on_card[card] -= 1
+            raise
+        await self._join(Worker(connection=host.first, host=host, card=card))
+
+    async def _add_forked(self) -> None:
         """Start a process; where there is none to fork it from, load the backbone first.
 
         Raises:
@@ -139,24 +177,26 @@ class Pool:
             OSError: The process to fork from has just ended.
         """
         host = self.host
-        if host is not None and self._is_forked and host.process.is_alive():
-            await self._join(host.fork())
+        if host is not None and host.process.is_alive():
+            await self._join(Worker(connection=host.fork()))
             return
-        loop = asyncio.get_running_loop()
         if host is not None:
             # its children go on by themselves
-            await loop.run_in_executor(None, host.end)
-        self.host = await loop.run_in_executor(
-            None, lambda: Host(self._choice, threads=self._threads, name="ptv2-engine")
-        )
-        await self._join(self.host.first)
+            await self._end_later(host)
+        self.host = await self._load("ptv2-engine", None)
+        await self._join(Worker(connection=self.host.first))
 
-    async def _join(self, connection: Connection) -> None:
+    async def _load(self, name: str, card: int | None) -> Host:
+        return await asyncio.get_running_loop().run_in_executor(
+            None, lambda: Host(self._choice, threads=self._threads, name=name, card=card)
+        )
+
+    async def _join(self, worker: Worker) -> None:
         """Wait until a process is ready, give it all prompts, and let it compute."""
-        worker, loop = Worker(connection=connection), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         ready = worker.calls[-1] = loop.create_future()
         self.workers.append(worker)
-        loop.add_reader(connection.fileno(), self._on_message, worker)
+        loop.add_reader(worker.connection.fileno(), self._on_message, worker)
         try:
             self.backbone = await ready
             worker.pid = self.backbone["pid"]
@@ -194,10 +234,10 @@ class Pool:
             self._mending = asyncio.get_running_loop().create_task(self._restart())
 
     async def _restart(self) -> None:
-        while len(self.workers) < self._num_wanted:
+        while len(self.workers) < self._processes:
             await asyncio.sleep(RESTART_AFTER_S)
             try:
-                await self._add()
+                await (self._add_on_card() if self._cards else self._add_forked())
             except (OSError, ServingError) as error:
                 LOG.warning("a process of the engine could not be started again: %s", error)
 
@@ -208,6 +248,10 @@ class Pool:
         self.workers.remove(worker)
         asyncio.get_running_loop().remove_reader(worker.connection.fileno())
         worker.connection.close()
+        if worker.card is not None:
+            self._on_card[worker.card] -= 1
+        if worker.host is not None:
+            self._end_later(worker.host)
         was_ready, worker.is_ready = worker.is_ready, False
         for answer in worker.calls.values():
             if not answer.done():

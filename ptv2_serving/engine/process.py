@@ -1,5 +1,7 @@
 """The processes that compute: one loads the backbone, the others are forked from it and share it.
 
+A process that has used a GPU cannot be forked: there, each loads the backbone for itself.
+
 They speak over sockets with the process that started them, in messages of plain tuples. A process
 ends when its socket is closed, so none outlives the server.
 """
@@ -34,18 +36,21 @@ def socket_pair() -> tuple[Connection, socket.socket]:
 class Host:
     """The process that loaded the backbone, seen from the server."""
 
-    def __init__(self, choice: BackboneChoice, *, threads: int, name: str) -> None:
+    def __init__(
+        self, choice: BackboneChoice, *, threads: int, name: str, card: int | None
+    ) -> None:
         """Start loading.
 
         Args:
             choice: The backbone.
             threads: Of each process.
             name: Shown in lists of processes.
+            card: Number of the GPU on which it answers itself; None: its children do, on the CPU.
         """
         self.control, other = socket.socketpair()
         self.first, engine = socket_pair()
         self.process: SpawnProcess = SpawnContext().Process(
-            target=_host, args=(choice, threads, other, engine), name=name, daemon=True
+            target=_host, args=(choice, threads, card, other, engine), name=name, daemon=True
         )
         self.process.start()
         other.close()
@@ -72,12 +77,13 @@ class Host:
 
 
 def _host(
-    choice: BackboneChoice, threads: int, control: socket.socket, engine: socket.socket
+    choice: BackboneChoice,
+    threads: int,
+    card: int | None,
+    control: socket.socket,
+    engine: socket.socket,
 ) -> None:
-    """Load the backbone, then answer over `engine`; on a CPU in a child, so that others can follow.
-
-    A process that has used CUDA cannot be forked: there, this one answers itself.
-    """
+    """Load the backbone, then answer over `engine`; on a CPU in children, so that others follow."""
     import torch
 
     # Ctrl-C goes to the whole group; the server ends its processes when it has drained
@@ -87,11 +93,11 @@ def _host(
     torch.set_num_threads(1)
     connection = Connection(engine.detach())
     try:
-        backbone = choice.load()
+        backbone = choice.load(card)
     except PTv2Error as error:
         connection.send(("refused", str(error)))
         return
-    if backbone.device.type != "cpu":
+    if card is not None:
         control.close()
         _answer(connection, lambda: Forward(backbone), threads)
         return
@@ -136,7 +142,7 @@ def _answer(connection: Connection, make: Callable[[], Forward], threads: int) -
             {
                 "name": spec.name,
                 "digest": spec.digest,
-                "device": str(forward.backbone.device),
+                "device": forward.backbone.device.type,
                 "precision": forward.backbone.number_format,
                 "answering_digest": forward.backbone.answering_digest,
             },

@@ -23,8 +23,6 @@ BUSY_RETRY_S = 1.0
 # how long the list of tasks is believed, and how soon a name that is not on it is looked for again
 BELIEVED_S = 1.0
 SOUGHT_AGAIN_S = 0.1
-# how long while as many prompts are loaded and none was swapped: thousands of tasks take a while
-UNCHANGED_S = 10.0
 MAX_SHOWN = 20
 
 Result = TypeVar("Result")
@@ -54,20 +52,20 @@ class Catalogue:
         """Know nothing yet."""
         self._service = service
         self._tasks: Mapping[str, TaskStatus] = {}
-        self._state: tuple[int, int] | None = None
-        self._made_s = self._asked_s = -math.inf
+        self._changes: int | None = None
+        self._asked_s = -math.inf
 
     def find(self, name: str, *, believed_s: float = BELIEVED_S) -> TaskStatus:
         """Return what is loaded for a task, as it was a moment ago.
 
         Args:
             name: The task.
-            believed_s: How long ago that may be; longer where nothing seems to have changed.
+            believed_s: How long ago that may be; longer where nothing changed.
 
         Raises:
             UnknownTaskError: Nothing is.
         """
-        if _clock() - self._asked_s > (believed_s if name in self._tasks else SOUGHT_AGAIN_S):
+        if _clock() - self._asked_s >= (believed_s if name in self._tasks else SOUGHT_AGAIN_S):
             self._ask()
         if name not in self._tasks:
             known = sorted(self._tasks)
@@ -79,13 +77,11 @@ class Catalogue:
         return self._tasks[name]
 
     def _ask(self) -> None:
-        """Make the list anew, unless nothing tells that it would be another."""
-        self._asked_s, status = _clock(), self._service.status()
-        state = (status.swaps, status.resident)
-        if state == self._state and self._asked_s - self._made_s <= UNCHANGED_S:
-            return
-        self._tasks = {task.spec.name: task for task in self._service.tasks()}
-        self._state, self._made_s = state, self._asked_s
+        """Make the list anew where it would be another: thousands of tasks take a while."""
+        self._asked_s, changes = _clock(), self._service.status().changes
+        if changes != self._changes:
+            self._tasks = {task.spec.name: task for task in self._service.tasks()}
+            self._changes = changes
 
 
 @dataclass(frozen=True, kw_only=True)

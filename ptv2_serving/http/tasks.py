@@ -63,7 +63,7 @@ class Tasks:
 
     async def get_task(self, task: str) -> Response:
         """Say what is loaded for a task, and what its inputs are."""
-        return json_response(_told(self._asking.catalogue.find(task)))
+        return json_response(_told(self._asking.catalogue.find(task, believed_s=0.0)))
 
     async def status(self) -> Response:
         """Say how the server stands: what the page shows."""

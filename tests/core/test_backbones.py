@@ -18,6 +18,7 @@ from ptv2_core.model.backbones.loading import (
     default_reading,
     load_backbone,
     locate_offline,
+    num_cards,
     precision_reason,
 )
 from ptv2_core.model.backbones.locating import Location, locate
@@ -306,6 +307,15 @@ def test_backbone_device_that_is_not_here_is_refused() -> None:
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
     with pytest.raises(BackboneError, match=f"'{absent}' is not on this machine; there is: .*cpu"):
         choose_device(absent)  # type: ignore[arg-type]
+
+
+def test_backbone_cards_are_all_that_the_chosen_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_cards("cpu") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert num_cards("cuda") == num_cards("auto") == 4
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert num_cards("mps") == 1
 
 
 @pytest.mark.parametrize("model_type", sorted(MODELS))

@@ -1,5 +1,6 @@
 """What runs on a CUDA card gives what the CPU gives; skipped where there is none."""
 
+import asyncio
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from ptv2_core.training.records import EpochRecord
 from ptv2_core.training.stack import Stack
 from ptv2_core.training.start import new_model
 from ptv2_core.training.trunk import TrunkCache
+from ptv2_serving.engine.requests import Computed
 from tests.core.family_parts import CASES, tiny_family
 from tests.core.training_parts import backward, padded
+from tests.serving.engine_parts import Served, questions
 from tests.tiny import MODELS, encode_for, examples_of, task_of, tiny_backbone, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -194,3 +197,20 @@ def test_cuda_rounded_answers_a_row_alike_alone_and_among_others(
         whole = model(ids, ids > 0)
         alone = model(ids[:1], ids[:1] > 0)
     torch.testing.assert_close(alone, whole[:1], atol=2e-2, rtol=2e-2)
+
+
+def test_cuda_engine_on_every_card_answers_as_the_cpu_does(tmp_path: Path) -> None:
+    cards = torch.cuda.device_count()
+    made = Served(tmp_path, device="cuda", processes=cards + 1, batch_rows=2)
+
+    async def asked() -> list[Computed]:
+        await made.start()
+        return await asyncio.gather(*(made.ask(*question) for question in questions(60)))
+
+    for question, computed in zip(questions(60), made.runner.run(asked()), strict=True):
+        made.check(*question, computed, tolerance=TOLERANCE)
+    found = [worker.card for worker in made.engine.pool.workers]
+    assert sorted(found) == sorted([*range(cards), 0])
+    assert made.engine.backbone["device"] == "cuda"
+    made.runner.run(made.engine.close())
+    made.runner.close()

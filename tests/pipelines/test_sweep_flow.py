@@ -220,6 +220,21 @@ def test_commands_take_a_workspace_that_is_elsewhere(
     assert f"{space}/params.yaml" in capsys.readouterr().out
 
 
+def test_flow_of_a_deployment_sweeps_a_workspace_that_is_elsewhere(
+    swept: SweepRecord,
+    root: Path,
+    prefect_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
+        state = flow.ptv2_sweep(str(root), ["intents"], return_state=True)
+    assert state.is_completed(), state.message
+    assert f"by trial {swept.winner.number}" in state.message
+    assert Path.cwd() == tmp_path
+
+
 def test_flow_again_trains_nothing_and_its_winner_can_be_applied(
     swept: SweepRecord, root: Path, prefect_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,20 @@ def test_study_stops_only_for_gains_of_trials_that_can_win(tmp_path: Path) -> No
     assert study.why_stop(None, 0.01) == ""
 
 
+@pytest.mark.parametrize("state", ["failed", "crashed"])
+def test_study_does_not_stop_for_trials_that_ended_without_a_word_on_their_settings(
+    state: str, tmp_path: Path
+) -> None:
+    study = open_study(tmp_path)
+    run_trial(study, 0.5)
+    for _ in range(3):
+        run_trial(study, state=state)
+    run_trial(study, 0.5)
+    assert study.why_stop(2, 0.01) == ""
+    run_trial(study, 0.5)
+    assert study.why_stop(2, 0.01) == "none of the last 2 trials gained more than 0.01 on dev"
+
+
 def test_study_knows_seeds_that_failed(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     study.set_seed_score(3, 43, 0.5)

@@ -153,6 +153,7 @@ class FakeService:
             "queue_limit": 1000, "batches": 4, "batch_rows": 20, "batch_tasks": 12,
             "batch_tokens": 300, "padded_tokens": 400, "engines": 1,
             "resident": len(self.specs), "resident_bytes": 590_000 * len(self.specs),
+            "changes": 1000 * self.version + len(self.specs),
             "disagreements": {"intents": (40, 2)},
             **self.status_fields,
         }  # fmt: skip

@@ -5,19 +5,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ptv2_core.config import Precision
 from ptv2_core.errors import ArtifactError
-from ptv2_core.evaluation.codec import Asked
-from ptv2_core.evaluation.predict import Predictor
-from ptv2_core.model.backbones.locating import locate
+from ptv2_core.model.backbones.base import Backbone
 from ptv2_serving.answering import (
     BusyError,
     DeadlineError,
@@ -28,65 +25,10 @@ from ptv2_serving.answering import (
 from ptv2_serving.engine.engine import Engine, EngineConfig
 from ptv2_serving.engine.forward import BackboneChoice
 from ptv2_serving.engine.requests import Computed, Trial
-from tests.tiny import tiny_artifact, tiny_backbone
+from tests.serving.engine_parts import TEXTS, Served, questions
+from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.slow
-
-TEXTS = ["book a flight", "cancel the meeting on monday at noon please", "play", "call my taxi"]
-
-
-class Served:
-    """An engine with prompts of several tasks, and the predictors that say what is right."""
-
-    def __init__(self, root: Path, *, precision: Precision = "fp32", **settings: Any) -> None:
-        self.folder = tiny_backbone(root / "backbone")
-        self.prompts = {
-            name: tiny_artifact(root / name, self.folder, kind=kind, seed=seed)
-            for seed, (name, kind) in enumerate(
-                [("one", "classification"), ("two", "tagging"), ("three", "classification")]
-            )
-        }
-        self.predictors = {
-            name: Predictor.load(path, device="cpu", precision=precision)
-            for name, path in self.prompts.items()
-        }
-        self.engine = Engine(
-            BackboneChoice(
-                name=str(self.folder),
-                revision=None,
-                digest=locate(str(self.folder)).digest(),
-                device="cpu",
-                precision=precision,
-                language_model=False,
-            ),
-            EngineConfig(**settings),
-        )
-        self.slots: dict[str, int] = {}
-        self.runner = asyncio.Runner()
-
-    async def start(self) -> None:
-        await self.engine.start()
-        for name, path in self.prompts.items():
-            self.slots[name] = await self.engine.put(path, alone=False)
-
-    def asked(self, name: str, text: str) -> Asked:
-        return self.predictors[name].codec.encode([{"text": text}])
-
-    async def whole(self) -> None:
-        """Wait until no process is missing."""
-        async with asyncio.timeout(60.0):
-            while self.engine.num_ready < self.engine.config.processes:
-                await asyncio.sleep(0.02)
-
-    async def ask(self, name: str, text: str, **settings: Any) -> Computed:
-        split = self.asked(name, text).split
-        return await self.engine.compute(self.slots[name], split, **{"timeout_s": 30.0, **settings})
-
-    def check(self, name: str, text: str, found: Computed, *, tolerance: float = 1e-5) -> None:
-        predictor = self.predictors[name]
-        own = predictor.codec.logits_by_input(self.asked(name, text), found.logits)
-        for expected, got in zip(predictor.logits([{"text": text}]), own, strict=True):
-            torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +52,6 @@ class Deadly(np.ndarray[Any, Any]):
 
     def __reduce__(self) -> Any:
         return os._exit, (1,)
-
-
-def questions(count: int) -> list[tuple[str, str]]:
-    names = ["one", "two", "three"]
-    return [(names[i % 3], TEXTS[i % len(TEXTS)]) for i in range(count)]
 
 
 def test_engine_answers_mixed_requests_as_each_prompt_alone_does(served: Served) -> None:
@@ -496,6 +433,69 @@ def test_engine_refuses_to_start_on_another_backbone(tmp_path: Path) -> None:
 
     with pytest.raises(ServingError, match=r"backbone\.digest: expected"):
         asyncio.run(start())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnCards(BackboneChoice):
+    """A backbone on two cards, which are the CPU and leave their numbers beside its folder."""
+
+    @property
+    def num_cards(self) -> int:
+        return 2
+
+    def load(self, card: int | None = None) -> Backbone:
+        (Path(self.name).parent / f"card-{card}-{os.getpid()}").touch()
+        return super().load()
+
+
+def _loaded(folder: Path) -> list[tuple[int, int]]:
+    """Return the cards on which it was loaded, and by which processes."""
+    return sorted(
+        (int(card), int(pid))
+        for _, card, pid in (one.name.split("-") for one in folder.glob("card-*"))
+    )
+
+
+def test_engine_loads_the_backbone_on_every_card_and_again_where_its_process_died(
+    tmp_path: Path,
+) -> None:
+    made = Served(tmp_path, choice=OnCards, processes=3, batch_rows=2)
+
+    async def followed() -> list[Any]:
+        await made.start()
+        assert made.engine.num_ready == 3
+        found = await asyncio.gather(*(made.ask(*question) for question in questions(60)))
+        victim = next(one for one in made.engine.pool.workers if one.card == 1)
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        again = await asyncio.gather(*(made.ask(*question) for question in questions(60)))
+        await made.whole()
+        last = await asyncio.gather(*(made.ask(*question) for question in questions(60)))
+        return [*found, *again, *last]
+
+    for question, computed in zip(questions(60) * 3, made.runner.run(followed()), strict=True):
+        made.check(*question, computed)
+    pids = {worker.pid for worker in made.engine.pool.workers}
+    assert [worker.card for worker in made.engine.pool.workers] == [0, 0, 1]
+    assert len(pids) == 3
+    loaded = _loaded(tmp_path)
+    assert [card for card, _ in loaded] == [0, 0, 1, 1]
+    assert pids < {pid for _, pid in loaded}
+    made.runner.run(made.engine.close())
+    made.runner.close()
+    for _, pid in loaded:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_engine_on_cards_refuses_to_start_on_another_backbone(tmp_path: Path) -> None:
+    made = Served(tmp_path, choice=OnCards, digest="sha256:" + "0" * 64, processes=2)
+    with pytest.raises(ServingError, match=r"backbone\.digest: expected"):
+        made.runner.run(made.start())
+    made.runner.run(made.engine.close())
+    made.runner.close()
+    for _, pid in _loaded(tmp_path):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_engine_that_closes_fails_what_still_waits(tmp_path: Path) -> None:

@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serve_expected import Expected, compute_expected, register_versions
 from benchmarks.serve_http import HttpError
-from benchmarks.serve_load import (
-    LIKES,
-    Expected,
-    compute_expected,
-    load,
-    register_versions,
-    run_over_http,
-)
+from benchmarks.serve_load import LIKES, load, run_over_http
 from benchmarks.serve_parts import LocalRegistry, Prompts, names
 from ptv2_core.errors import DataError
 from ptv2_serving.opening import ServiceConfig, open_service

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serve_expected import register_versions
 from benchmarks.serve_http import ServerProcess, running
-from benchmarks.serve_load import register_versions
 from benchmarks.serve_parts import LocalRegistry, Prompts, offline, run_on_loop
 from benchmarks.serve_soak import NOBODY, ended_by_sigterm, is_alive
 from ptv2_serving import Client

@@ -1,7 +1,7 @@
 """The service follows a real registry while it answers, and never mixes up who answered."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from ptv2_serving.answering import (
     BusyError,
     NotReadyError,
     ServingError,
+    TaskStatus,
     TooLongError,
     UnknownTaskError,
 )
@@ -220,6 +221,28 @@ def test_service_gives_a_canary_its_share_and_an_id_the_same_answerer(serving: S
         assert answer.role == ("canary" if is_canary else "champion")
         assert answer.prompt.version == (2 if is_canary else 1)
     assert 5 <= sum(share_of(one) < 30.0 for one in ids) <= 30
+
+
+def test_service_counts_the_changes_of_what_it_tells_of_its_tasks(serving: Serving) -> None:
+    def look() -> tuple[int, list[TaskStatus]]:
+        serving.run(serving.service.reload())
+        return serving.service.status().changes, serving.service.tasks()
+
+    changes, told = look()
+    assert look() == (changes, told)
+    steps: list[Callable[[], object]] = [
+        lambda: serving.registry.set_canary("intents", 2, 30.0),
+        lambda: serving.registry.set_canary("intents", 2, 60.0),
+        lambda: serving.registry.set_shadow("intents", 3),
+        lambda: serving.registry.stop_canary("intents"),
+    ]
+    for step in steps:
+        step()
+        after, now = look()
+        assert after > changes
+        assert now != told
+        changes, told = after, now
+    assert look() == (changes, told)
 
 
 def test_service_takes_a_failing_canary_back_and_tells_the_registry(

@@ -60,6 +60,18 @@ def choose_device(device: Device = "auto") -> torch.device:
     return torch.device(device)
 
 
+def num_cards(device: Device = "auto") -> int:
+    """Return how many GPUs there are of the kind that `choose_device` takes; 0: it takes the CPU.
+
+    Raises:
+        BackboneError: The named device is not on this machine.
+    """
+    kind = choose_device(device).type
+    if kind == "cuda":
+        return torch.cuda.device_count()
+    return 0 if kind == "cpu" else 1
+
+
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the number format of the frozen weights; `auto` takes bf16 where it is fast.
 
