@@ -3,19 +3,28 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import certifi
 import prefect
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_SSL_CERT_FILE,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
 from pipelines.errors import PipelineError
 from pipelines.interrupts import terminate_as_interrupt
 from pipelines.prefect_server import temporary_server
 
 DRAIN_TIMEOUT_S = 30.0
+CERTIFICATE = "certificate.pem"
+PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 TAG = "ptv2"
 GPU_TAG = "gpu"
 """`prefect concurrency-limit create gpu N`: N task runs with it at once, over all of a server."""
@@ -51,6 +60,27 @@ def _server(root: Path) -> Iterator[None]:
         finally:
             # a server that is gone would be asked for a minute
             _drain()
+
+
+@contextmanager
+def quick_clients() -> Iterator[None]:
+    """Have clients of a Prefect server that is asked in plain HTTP be made quickly.
+
+    A task run makes several, and each reads a whole bundle of certificates (16 ms), though nobody
+    looks at them. Here, and in whatever takes on the settings of this process, they get one.
+    """
+    with temporary_settings({PREFECT_API_SSL_CERT_FILE: f"{_certificate().name}/{CERTIFICATE}"}):
+        yield
+
+
+@cache
+def _certificate() -> "TemporaryDirectory[str]":
+    """Return a folder with one certificate, for as long as this process lives, and its clients."""
+    folder = TemporaryDirectory(prefix="ptv2-")
+    bundle = Path(certifi.where()).read_text(encoding="utf-8")
+    certificate = bundle[bundle.index(PEM_BEGIN) : bundle.index(PEM_END) + len(PEM_END)]
+    Path(folder.name, CERTIFICATE).write_text(f"{certificate}\n", encoding="utf-8")
+    return folder
 
 
 def _drain() -> None:

@@ -7,7 +7,8 @@ read as version 1.2, as DVC reads it: `no` and `on` are words, `1e-3` is a numbe
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -180,6 +181,18 @@ def set_environment_defaults(values: Mapping[str, str]) -> None:
     """Set the variables that are not set, for a library that reads them when it is imported."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """Take back at the end what a library sets in the environment meanwhile."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def load_settings(path: Path = Path("params.yaml")) -> Settings:

@@ -7,7 +7,7 @@ is slow to load, and the flow itself holds nothing that cannot be pickled.
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,10 @@ from urllib.parse import urlsplit
 import prefect
 from prefect import Flow, get_run_logger
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.context import TagsContext
+from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
@@ -24,8 +27,8 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
-from pipelines.prefect_session import GPU_TAG
-from pipelines.settings import set_environment_defaults
+from pipelines.prefect_session import GPU_TAG, quick_clients
+from pipelines.settings import environment_kept, set_environment_defaults
 from pipelines.sweep import pool
 from pipelines.sweep.supervise import Ended
 from pipelines.sweep.training import Order, train
@@ -43,6 +46,7 @@ RAY_DEFAULTS = {
     # a trial asks for no GPU, and yet may train on one, as with the other engines
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+TRIAL_TAG = "trial"
 QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 """Workers write to the terminal of the sweep; the server gets their log all the same."""
 
@@ -64,7 +68,10 @@ def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> Stat
     token = _work.set(work)
     try:
         flow: Flow[[], Any] = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
-        return cast(State[Any], flow(return_state=True))
+        # Dask sets here, too, what its workers are to have; a next sweep, with another number of
+        # workers, would take it for the user's choice
+        with environment_kept(), _clients(sweep):
+            return cast(State[Any], flow(return_state=True))
     except ConnectionError as error:
         raise PipelineError(
             f"sweep.address: expected a cluster that takes this sweep at {sweep.address}: {error}; "
@@ -72,6 +79,13 @@ def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> Stat
         ) from error
     finally:
         _work.reset(token)
+
+
+def _clients(sweep: SweepSettings) -> AbstractContextManager[None]:
+    server = urlsplit(PREFECT_API_URL.value() or "")
+    # workers elsewhere take on the settings of this process, and have not its files
+    is_here = sweep.address is None and is_loopback(server.hostname or "")
+    return quick_clients() if is_here and server.scheme == "http" else nullcontext()
 
 
 # Annotations are pickled too, and `State[Any]` is a class that another process may not find.
@@ -97,18 +111,20 @@ def submitting(
     # a future that nobody holds is given up by Dask
     held: set[PrefectFuture[Any]] = set()
     card = _Card()
+    common = {TRIAL_TAG} if _is_limited(TRIAL_TAG) else set()
 
     def ended(future: PrefectFuture[Any], done: Callable[[], None]) -> None:
         held.discard(future)
         done()
 
     def submit(name: str, order: Order, done: Callable[[], None]) -> None:
-        tags = set(train_trial.tags)
+        tags = set(common)
         if order.job.device == "cuda" and order.job.shares_forward:
             card.take()
         elif order.job.device == "cuda":
             tags.add(GPU_TAG)
-        with _tried_once(sweep):
+        # without the tags of the flow, which nobody limits
+        with _tried_once(sweep), TagsContext(current_tags=set()):
             future = train_trial.with_options(task_run_name=name, tags=tags).submit(order)
         held.add(future)
         future.add_done_callback(partial(ended, done=done))
@@ -117,6 +133,20 @@ def submitting(
         yield submit
     finally:
         card.over.set()
+
+
+def _is_limited(tag: str) -> bool:
+    """Tell whether Prefect limits the runs with a tag.
+
+    A task run with tags asks the server for slots before it begins, and where the server's SQLite
+    is busy, again after two seconds: tags that nobody limits would cost that for nothing.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_concurrency_limit_by_tag(tag)
+        except ObjectNotFound:
+            return False
+    return True
 
 
 class _Card:
@@ -159,7 +189,7 @@ def _hold(begun: threading.Event, over: threading.Event) -> None:
     over.wait()
 
 
-@prefect.task(name="trial", tags=["trial"], cache_policy=NO_CACHE, persist_result=False, retries=0)
+@prefect.task(name="trial", cache_policy=NO_CACHE, persist_result=False, retries=0)
 def train_trial(order: Order) -> Any:
     """Train one trial; how it ended is in the study, and said by the state."""
     try:
@@ -246,10 +276,15 @@ def _ray(sweep: SweepSettings) -> TaskRunner[Any]:
         "num_cpus": sweep.workers,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "runtime_env": {"env_vars": {**thread_environment(sweep.workers), **QUIET}},
+        "runtime_env": {"env_vars": _of_workers(sweep)},
     }
     # "local": not a cluster that somebody else started on this machine
     return cast(TaskRunner[Any], RayTaskRunner(address="local", init_kwargs={**own, **quiet}))
+
+
+def _of_workers(sweep: SweepSettings) -> dict[str, str]:
+    """Return the variables of a worker of a cluster that the sweep starts."""
+    return {**thread_environment(sweep.workers), **QUIET}
 
 
 def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
@@ -259,7 +294,7 @@ def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
     if sweep.address is not None:
         return cast(TaskRunner[Any], DaskTaskRunner(address=sweep.address))
     environment = "distributed.nanny.pre-spawn-environ"
-    own = {**thread_environment(sweep.workers), **QUIET}
+    own = _of_workers(sweep)
     dask.config.set(
         {
             # a lost trial is left to the sweep, which counts how often that happens

@@ -5,6 +5,7 @@ import queue
 import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
 from pipelines import prefect_session
@@ -95,10 +96,16 @@ def what_was_found(record: SweepRecord) -> list[tuple[Any, ...]]:
     return [*trials, *record.finalists]
 
 
+def environment() -> dict[str, str]:
+    """Return the variables of this process but for Ray's own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 def test_engine_finds_what_threads_find_and_leaves_nothing_behind(
     engine: str, root: Path, by_threads: SweepRecord, capfd: pytest.CaptureFixture[str]
 ) -> None:
     running: set[str] = set()
+    before = environment()
 
     def on_look(look: Look) -> None:
         running.update(processes(root).values())
@@ -112,6 +119,7 @@ def test_engine_finds_what_threads_find_and_leaves_nothing_behind(
         time.sleep(0.05)
     assert left(root) == {}
     assert capfd.readouterr() == ("", ""), "the terminal is the caller's"
+    assert environment() == before, "so is the environment"
 
 
 def parent_of(pid: int) -> int:
@@ -167,16 +175,18 @@ def task_runs(flow_run: str, count: int) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "device", "at_once", "tags"),
+    ("engine", "device", "limited", "at_once", "tags"),
     [
-        ("processes", "cpu", 2, {"first": {"trial"}, "second": {"trial"}}),
-        ("processes", "cuda", 1, {"first": {"trial", "gpu"}, "second": {"trial", "gpu"}}),
-        ("stack", "cuda", 2, {"first": {"trial"}, "second": {"trial"}, "stack": {"gpu"}}),
+        ("processes", "cpu", GPU_TAG, 2, {"first": set(), "second": set()}),
+        ("processes", "cpu", "trial", 1, {"first": {"trial"}, "second": {"trial"}}),
+        ("processes", "cuda", GPU_TAG, 1, {"first": {"gpu"}, "second": {"gpu"}}),
+        ("stack", "cuda", GPU_TAG, 2, {"first": set(), "second": set(), "stack": {"gpu"}}),
     ],
 )
-def test_engine_takes_a_slot_of_a_limited_card_for_each_process(
+def test_engine_takes_a_slot_where_trials_or_cards_are_limited(
     engine: str,
     device: str,
+    limited: str,
     at_once: int,
     tags: dict[str, set[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -206,13 +216,35 @@ def test_engine_takes_a_slot_of_a_limited_card_for_each_process(
         return Completed(message="done")
 
     with get_client(sync_client=True) as client:
-        client.create_concurrency_limit(tag=GPU_TAG, concurrency_limit=1)
+        client.create_concurrency_limit(tag=limited, concurrency_limit=1)
         try:
-            engines.run(f"{engine} on {device}", sweep, work).result()
+            engines.run(f"{engine} on {device}, {limited}", sweep, work).result()
         finally:
-            client.delete_concurrency_limit_by_tag(GPU_TAG)
+            client.delete_concurrency_limit_by_tag(limited)
     assert most == at_once
-    assert task_runs(f"{engine} on {device}", len(tags)) == tags
+    assert task_runs(f"{engine} on {device}, {limited}", len(tags)) == tags
+
+
+@pytest.mark.parametrize(
+    ("server", "address", "certificates"),
+    [
+        ("http://127.0.0.1:4200/api", None, 1),
+        ("http://127.0.0.1:4200/api", "tcp://10.0.0.5:8786", None),
+        ("http://prefect.example/api", None, None),
+        ("https://127.0.0.1:4200/api", None, None),
+    ],
+)
+def test_engine_gives_prefects_clients_one_certificate_where_nobody_looks_at_it(
+    server: str, address: str | None, certificates: int | None
+) -> None:
+    sweep = SweepSettings(engine="dask", address=address)
+    before = PREFECT_API_SSL_CERT_FILE.value()
+    with temporary_settings({PREFECT_API_URL: server}), engines._clients(sweep):
+        file = PREFECT_API_SSL_CERT_FILE.value()
+    if certificates is None:
+        assert file == before
+    else:
+        assert len(ssl.create_default_context(cafile=file).get_ca_certs()) == certificates
 
 
 def test_engine_that_is_not_there_is_one_error(engine: str) -> None:
