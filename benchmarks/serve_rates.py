@@ -125,7 +125,7 @@ class Served:
     @property
     def pid(self) -> int:
         """The process that computes."""
-        return int(self.engine.backbone["pid"])
+        return self.engine.pool.workers[0].pid or 0
 
     def put(self, folders: Sequence[Path]) -> None:
         """Load prompts; the n-th one that was ever loaded is asked as slot n."""

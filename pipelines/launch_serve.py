@@ -93,7 +93,8 @@ def _engines(wanted: int | None, device: Device) -> int:
 
     # On a CPU a core is left to HTTP, tokenizers and answers. Two processes of one thread do more
     # than one of two threads, which wait for each other at every small product.
-    return wanted or num_cards(device) or max(1, available_cores() - 1)
+    cards = num_cards(device)
+    return wanted or cards or max(1, available_cores() - 1)
 
 
 async def _serve(config: ServeConfig, chosen: "ServiceConfig", console: Console) -> None:

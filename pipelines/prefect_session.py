@@ -3,11 +3,8 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import certifi
 import prefect
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
@@ -23,8 +20,7 @@ from pipelines.interrupts import terminate_as_interrupt
 from pipelines.prefect_server import temporary_server
 
 DRAIN_TIMEOUT_S = 30.0
-CERTIFICATE = "certificate.pem"
-PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+CERTIFICATE = Path(__file__).with_name("nobody.pem")
 TAG = "ptv2"
 GPU_TAG = "gpu"
 """`prefect concurrency-limit create gpu N`: N task runs with it at once, over all of a server."""
@@ -67,20 +63,11 @@ def quick_clients() -> Iterator[None]:
     """Have clients of a Prefect server that is asked in plain HTTP be made quickly.
 
     A task run makes several, and each reads a whole bundle of certificates (16 ms), though nobody
-    looks at them. Here, and in whatever takes on the settings of this process, they get one.
+    looks at them. Here, and in whatever takes on the settings of this process, they read one that
+    vouches for nobody.
     """
-    with temporary_settings({PREFECT_API_SSL_CERT_FILE: f"{_certificate().name}/{CERTIFICATE}"}):
+    with temporary_settings({PREFECT_API_SSL_CERT_FILE: str(CERTIFICATE)}):
         yield
-
-
-@cache
-def _certificate() -> "TemporaryDirectory[str]":
-    """Return a folder with one certificate, for as long as this process lives, and its clients."""
-    folder = TemporaryDirectory(prefix="ptv2-")
-    bundle = Path(certifi.where()).read_text(encoding="utf-8")
-    certificate = bundle[bundle.index(PEM_BEGIN) : bundle.index(PEM_END) + len(PEM_END)]
-    Path(folder.name, CERTIFICATE).write_text(f"{certificate}\n", encoding="utf-8")
-    return folder
 
 
 def _drain() -> None:

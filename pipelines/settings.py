@@ -7,7 +7,7 @@ read as version 1.2, as DVC reads it: `no` and `on` are words, `1e-3` is a numbe
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,15 +184,21 @@ def set_environment_defaults(values: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def environment_kept() -> Iterator[None]:
-    """Take back at the end what a library sets in the environment meanwhile."""
-    before = dict(os.environ)
+def environment_kept(names: Collection[str]) -> Iterator[None]:
+    """Take back at the end what a library sets in the environment meanwhile.
+
+    Args:
+        names: Variables that it sets.
+    """
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def load_settings(path: Path = Path("params.yaml")) -> Settings:

@@ -97,7 +97,7 @@ class EngineStatus:
         resident: Prompts that are loaded.
         resident_bytes: What they take.
         stale_s: Seconds since the registry last answered; 0 where none is watched.
-        changes: Times that what `tasks` returns became another.
+        changes: Times that what `tasks` returns became another; None: nobody counts them.
         swaps: Times that an alias moved and its prompt was swapped in.
         last_swap_s: From the moved alias seen to the first answer of the last swap; None: none yet.
         disagreements: For each task with a shadow or canary, (compared, different) so far.
@@ -118,7 +118,7 @@ class EngineStatus:
     resident: int = 0
     resident_bytes: int = 0
     stale_s: float = 0.0
-    changes: int = 0
+    changes: int | None = None
     swaps: int = 0
     last_swap_s: float | None = None
     disagreements: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -206,6 +206,7 @@ class Follower:
             problem = _words(error)
             is_known = self._problems.get(task) == problem
             self._problems[task] = problem
+            self._count_problems()
             self._failed[task] = (routing, time.monotonic())
             self._wishes.forget(task)
             return [] if is_known else [f"{task}: {problem}"]

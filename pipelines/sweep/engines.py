@@ -46,6 +46,8 @@ RAY_DEFAULTS = {
     # a trial asks for no GPU, and yet may train on one, as with the other engines
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+PRE_SPAWN = "distributed.nanny.pre-spawn-environ"
+BESIDE_PRE_SPAWN = ("PYTHONHASHSEED", "__DASK_PARENT_PID")
 TRIAL_TAG = "trial"
 QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 """Workers write to the terminal of the sweep; the server gets their log all the same."""
@@ -70,7 +72,7 @@ def run(name: str, sweep: SweepSettings, work: Callable[[], State[Any]]) -> Stat
         flow: Flow[[], Any] = _sweep_task.with_options(flow_run_name=name, task_runner=runner)
         # Dask sets here, too, what its workers are to have; a next sweep, with another number of
         # workers, would take it for the user's choice
-        with environment_kept(), _clients(sweep):
+        with environment_kept(_set_by_dask(sweep)), _clients(sweep):
             return cast(State[Any], flow(return_state=True))
     except ConnectionError as error:
         raise PipelineError(
@@ -111,19 +113,20 @@ def submitting(
     # a future that nobody holds is given up by Dask
     held: set[PrefectFuture[Any]] = set()
     card = _Card()
-    common = {TRIAL_TAG} if _is_limited(TRIAL_TAG) else set()
+    of_flow = TagsContext.get().current_tags
+    limited = {tag for tag in sorted({TRIAL_TAG, *of_flow}) if _is_limited(tag)}
 
     def ended(future: PrefectFuture[Any], done: Callable[[], None]) -> None:
         held.discard(future)
         done()
 
     def submit(name: str, order: Order, done: Callable[[], None]) -> None:
-        tags = set(common)
+        tags = set(limited)
         if order.job.device == "cuda" and order.job.shares_forward:
             card.take()
         elif order.job.device == "cuda":
             tags.add(GPU_TAG)
-        # without the tags of the flow, which nobody limits
+        # without those of the flow, which are among the tags where they are limited
         with _tried_once(sweep), TagsContext(current_tags=set()):
             future = train_trial.with_options(task_run_name=name, tags=tags).submit(order)
         held.add(future)
@@ -287,20 +290,28 @@ def _of_workers(sweep: SweepSettings) -> dict[str, str]:
     return {**thread_environment(sweep.workers), **QUIET}
 
 
+def _set_by_dask(sweep: SweepSettings) -> set[str]:
+    """Return the names of what Dask sets in the process that starts a cluster."""
+    if sweep.engine != "dask" or sweep.address is not None:
+        return set()
+    import dask
+
+    return {*dask.config.get(PRE_SPAWN), *BESIDE_PRE_SPAWN}
+
+
 def _dask(sweep: SweepSettings) -> TaskRunner[Any]:
     import dask
     from prefect_dask.task_runners import DaskTaskRunner
 
     if sweep.address is not None:
         return cast(TaskRunner[Any], DaskTaskRunner(address=sweep.address))
-    environment = "distributed.nanny.pre-spawn-environ"
     own = _of_workers(sweep)
     dask.config.set(
         {
             # a lost trial is left to the sweep, which counts how often that happens
             "distributed.scheduler.allowed-failures": 0,
             # what is set later comes after the imports of the program that sweeps
-            environment: {**dask.config.get(environment, {}), **own},
+            PRE_SPAWN: {**dask.config.get(PRE_SPAWN, {}), **own},
         }
     )
     runner = DaskTaskRunner(

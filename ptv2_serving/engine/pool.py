@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -82,7 +83,8 @@ class Pool:
         Args:
             choice: The backbone.
             owner: Is told what happens.
-            processes: How many there should be; on GPUs they take turns, a card each.
+            processes: How many there should be; on GPUs each is on the next card, and
+                beyond their number again on the first.
             threads: Of each.
         """
         self.backbone: dict[str, Any] = {}
@@ -94,17 +96,26 @@ class Pool:
         self._processes = processes
         self._cards = 0
         self._on_card: Counter[int] = Counter()
+        self._failed_on: Counter[int] = Counter()
         self._ending: set[asyncio.Future[None]] = set()
         self._threads = threads
         self._numbers = count()
         self._is_started = False
         self._is_closing = False
-        self._mending: asyncio.Task[None] | None = None
+        self._mending: set[asyncio.Task[None]] = set()
 
     @property
     def ready(self) -> list[Worker]:
         """Those that compute now."""
         return [worker for worker in self.workers if worker.is_ready]
+
+    @property
+    def _reading(self) -> list[Worker]:
+        """Those that read what they are sent.
+
+        One that still loads does not: it would hold up whoever sends, and gets all prompts later.
+        """
+        return [worker for worker in self.workers if worker.pid is not None]
 
     async def start(self) -> None:
         """Load the backbone and start all processes.
@@ -129,8 +140,10 @@ class Pool:
     async def close(self) -> None:
         """End all processes."""
         self._is_closing = True
-        if self._mending is not None:
-            self._mending.cancel()
+        mending = list(self._mending)
+        for task in mending:
+            task.cancel()
+        await asyncio.gather(*mending, return_exceptions=True)
         for worker in list(self.workers):
             self._lose(worker)
         if self.host is not None:
@@ -138,11 +151,15 @@ class Pool:
         await asyncio.gather(*self._ending)
 
     def _end_later(self, host: Host) -> "asyncio.Future[None]":
-        """End a process that loaded the backbone; it may take its time."""
+        """End a process that loaded the backbone; it may take its time.
+
+        Returns:
+            What may be awaited and cancelled; the process is ended all the same.
+        """
         ending = asyncio.get_running_loop().run_in_executor(None, host.end)
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
-        return ending
+        return asyncio.shield(ending)
 
     # Starting
 
@@ -154,20 +171,24 @@ class Pool:
                 raise found
 
     async def _add_on_card(self) -> None:
-        """Start a process on the card that has the fewest.
+        """Start a process on the card that has the fewest; of several, one that is not broken.
 
         Raises:
             ServingError: It ended before it was ready.
             OSError: It could not be started.
         """
-        card = min(range(self._cards), key=lambda one: (self._on_card[one], one))
+        card = min(
+            range(self._cards), key=lambda one: (self._on_card[one], self._failed_on[one], one)
+        )
         self._on_card[card] += 1
+        self._failed_on[card] += 1  # until it is ready
         try:
             host = await self._load(f"ptv2-engine-{card}", card)
         except BaseException:
             self._on_card[card] -= 1
             raise
         await self._join(Worker(connection=host.first, host=host, card=card))
+        del self._failed_on[card]
 
     async def _add_forked(self) -> None:
         """Start a process; where there is none to fork it from, load the backbone first.
@@ -187,9 +208,16 @@ class Pool:
         await self._join(Worker(connection=self.host.first))
 
     async def _load(self, name: str, card: int | None) -> Host:
-        return await asyncio.get_running_loop().run_in_executor(
+        loading = asyncio.get_running_loop().run_in_executor(
             None, lambda: Host(self._choice, threads=self._threads, name=name, card=card)
         )
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # a thread cannot be stopped: what it starts is ended
+            with suppress(OSError):
+                self._end_later(await loading)
+            raise
 
     async def _join(self, worker: Worker) -> None:
         """Wait until a process is ready, give it all prompts, and let it compute."""
@@ -198,14 +226,29 @@ class Pool:
         self.workers.append(worker)
         loop.add_reader(worker.connection.fileno(), self._on_message, worker)
         try:
-            self.backbone = await ready
-            worker.pid = self.backbone["pid"]
+            worker.pid, backbone = await ready
+            self._check_alike(backbone)
+            self.backbone = backbone
             await self._fill(worker)
         except BaseException:
             self._lose(worker)
             raise
         worker.is_ready = True
         self._owner.on_free()
+
+    def _check_alike(self, backbone: Mapping[str, Any]) -> None:
+        """Refuse a card that would answer otherwise than the others.
+
+        Raises:
+            ServingError: It computes in another number format.
+        """
+        known = self.backbone.get("precision", backbone["precision"])
+        if backbone["precision"] != known:
+            raise ServingError(
+                f"the GPUs are not alike: one computes in {known}, another in "
+                f"{backbone['precision']}; choose one for all with --precision, or the cards with "
+                "CUDA_VISIBLE_DEVICES"
+            )
 
     async def _fill(self, worker: Worker) -> None:
         """Give a process all prompts in one message: with many, it and we would wait for ever.
@@ -228,18 +271,33 @@ class Pool:
                 LOG.error("a process of the engine lacks a prompt: %s", problem)
 
     def _mend(self) -> None:
-        """Let one task start what is missing, however many ended."""
-        is_mending = self._mending is not None and not self._mending.done()
-        if self._is_started and not self._is_closing and not is_mending:
-            self._mending = asyncio.get_running_loop().create_task(self._restart())
+        """Start what is missing: one process after another, on GPUs side by side.
+
+        A card that is broken, or never gets ready, then keeps nobody from mending the others.
+        """
+        if not self._is_started or self._is_closing:
+            return
+        missing = self._processes - len(self.ready)
+        wanted = missing if self._cards else min(missing, 1)
+        for _ in range(wanted - len(self._mending)):
+            task = asyncio.get_running_loop().create_task(self._restart())
+            self._mending.add(task)
+            task.add_done_callback(self._mended)
+
+    def _mended(self, task: "asyncio.Task[None]") -> None:
+        self._mending.discard(task)
+        self._mend()
 
     async def _restart(self) -> None:
-        while len(self.workers) < self._processes:
+        """Start a process, however often that takes."""
+        while True:
             await asyncio.sleep(RESTART_AFTER_S)
             try:
                 await (self._add_on_card() if self._cards else self._add_forked())
             except (OSError, ServingError) as error:
                 LOG.warning("a process of the engine could not be started again: %s", error)
+            else:
+                return
 
     def _lose(self, worker: Worker) -> None:
         """Forget a process that ended, give its rows back, and see to another."""
@@ -288,13 +346,13 @@ class Pool:
     async def call_all(self, kind: str, *arguments: Any) -> list[Any]:
         """Ask all processes, and return the answers of those that compute and still live.
 
-        Those that are not ready yet are told, and nobody waits for them.
+        Those that have the backbone and are not ready yet are told, and nobody waits for them.
 
         Raises:
             ServingError: One says that it could not.
         """
         ready = self.ready
-        for worker in list(self.workers):
+        for worker in self._reading:
             if not worker.is_ready:
                 self._tell(worker, (kind, next(self._numbers), *arguments))
         calls = [self._call_living(worker, kind, *arguments) for worker in ready]
@@ -308,7 +366,7 @@ class Pool:
 
     def tell_all(self, kind: str, *arguments: Any) -> None:
         """Tell all processes something that has no answer of use."""
-        for worker in list(self.workers):
+        for worker in self._reading:
             self._tell(worker, (kind, next(self._numbers), *arguments))
 
     def give(self, worker: Worker, items: list[Item]) -> None:
@@ -331,7 +389,7 @@ class Pool:
             return
         kind, number, *rest = message
         if kind == "ready":
-            worker.calls.pop(-1).set_result(rest[0] | {"pid": number})
+            worker.calls.pop(-1).set_result((number, rest[0]))
         elif kind == "refused":
             worker.calls.pop(-1).set_exception(ServingError(number))
         elif number in worker.batches:

@@ -65,7 +65,9 @@ class Catalogue:
         Raises:
             UnknownTaskError: Nothing is.
         """
-        if _clock() - self._asked_s >= (believed_s if name in self._tasks else SOUGHT_AGAIN_S):
+        if _clock() - self._asked_s >= (
+            believed_s if name in self._tasks else min(believed_s, SOUGHT_AGAIN_S)
+        ):
             self._ask()
         if name not in self._tasks:
             known = sorted(self._tasks)
@@ -79,7 +81,7 @@ class Catalogue:
     def _ask(self) -> None:
         """Make the list anew where it would be another: thousands of tasks take a while."""
         self._asked_s, changes = _clock(), self._service.status().changes
-        if changes != self._changes:
+        if changes is None or changes != self._changes:
             self._tasks = {task.spec.name: task for task in self._service.tasks()}
             self._changes = changes
 

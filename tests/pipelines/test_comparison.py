@@ -258,7 +258,7 @@ def test_compare_refuses_what_it_does_not_know(
     assert re.search(expected, said)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_as_a_user_runs_it_is_logged_and_goes_on_after_an_interrupt(
     tmp_path: Path,
 ) -> None:

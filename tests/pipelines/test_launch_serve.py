@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.threads import available_cores
-from ptv2_core.errors import ConfigError, PTv2Error
+from ptv2_core.errors import BackboneError, ConfigError, PTv2Error
 from ptv2_serving import opening
 
 
@@ -86,3 +86,14 @@ def test_serve_has_one_engine_process_a_card(monkeypatch: pytest.MonkeyPatch, de
     assert chosen("--device", device, "--engines", "1").engines == 1
     assert chosen("--device", device, "--engines", "6").engines == 6
     assert chosen("--device", "cpu", "--engines", "2").engines == 2
+
+
+@pytest.mark.usefixtures("stops_at_loading")
+@pytest.mark.parametrize("engines", [(), ("--engines", "2")])
+def test_serve_refuses_a_device_that_is_not_here_before_it_asks_the_registry(
+    engines: tuple[str, ...],
+) -> None:
+    absent = "cuda" if not torch.cuda.is_available() else "mps"
+    error = refusal("--device", absent, *engines)
+    assert isinstance(error, BackboneError)
+    assert f"{absent!r} is not on this machine" in str(error)

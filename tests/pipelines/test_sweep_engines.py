@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -97,8 +98,13 @@ def what_was_found(record: SweepRecord) -> list[tuple[Any, ...]]:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of this process but for Ray's own."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """Return what of this process's environment decides how the workers of a sweep run."""
+    prefixes = ("MALLOC_", "PREFECT_", "PYTHONHASHSEED")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.endswith("_NUM_THREADS") or name.startswith(prefixes)
+    }
 
 
 def test_engine_finds_what_threads_find_and_leaves_nothing_behind(
@@ -179,8 +185,9 @@ def task_runs(flow_run: str, count: int) -> dict[str, set[str]]:
     [
         ("processes", "cpu", GPU_TAG, 2, {"first": set(), "second": set()}),
         ("processes", "cpu", "trial", 1, {"first": {"trial"}, "second": {"trial"}}),
+        ("processes", "cpu", "mine", 1, {"first": {"mine"}, "second": {"mine"}}),
         ("processes", "cuda", GPU_TAG, 1, {"first": {"gpu"}, "second": {"gpu"}}),
-        ("stack", "cuda", GPU_TAG, 2, {"first": set(), "second": set(), "stack": {"gpu"}}),
+        ("stack", "cuda", GPU_TAG, 2, {"first": set(), "second": set(), "stack": {"gpu", "mine"}}),
     ],
 )
 def test_engine_takes_a_slot_where_trials_or_cards_are_limited(
@@ -218,7 +225,8 @@ def test_engine_takes_a_slot_where_trials_or_cards_are_limited(
     with get_client(sync_client=True) as client:
         client.create_concurrency_limit(tag=limited, concurrency_limit=1)
         try:
-            engines.run(f"{engine} on {device}, {limited}", sweep, work).result()
+            with prefect.tags("mine"):
+                engines.run(f"{engine} on {device}, {limited}", sweep, work).result()
         finally:
             client.delete_concurrency_limit_by_tag(limited)
     assert most == at_once
@@ -244,7 +252,7 @@ def test_engine_gives_prefects_clients_one_certificate_where_nobody_looks_at_it(
     if certificates is None:
         assert file == before
     else:
-        assert len(ssl.create_default_context(cafile=file).get_ca_certs()) == certificates
+        assert ssl.create_default_context(cafile=file).cert_store_stats()["x509"] == certificates
 
 
 def test_engine_that_is_not_there_is_one_error(engine: str) -> None:

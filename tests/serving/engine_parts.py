@@ -28,7 +28,6 @@ class Served:
         precision: Precision = "fp32",
         device: Device = "cpu",
         choice: type[BackboneChoice] = BackboneChoice,
-        digest: str | None = None,
         **settings: Any,
     ) -> None:
         self.folder = tiny_backbone(root / "backbone")
@@ -46,7 +45,7 @@ class Served:
             choice(
                 name=str(self.folder),
                 revision=None,
-                digest=digest or locate(str(self.folder)).digest(),
+                digest=locate(str(self.folder)).digest(),
                 device=device,
                 precision=precision,
                 language_model=False,

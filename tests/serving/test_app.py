@@ -255,6 +255,13 @@ def test_tasks_are_not_asked_for_again_while_none_changes(monkeypatch: pytest.Mo
     service.version = 5
     assert catalogue.find("intents").champion.version == 4
     assert catalogue.find("intents", believed_s=0.0).champion.version == 5
+    service.specs = (*service.specs, spec("new", "regression", text="text"))
+    assert catalogue.find("new", believed_s=0.0).spec.name == "new"
+    # a service that counts no changes is asked each time
+    service.status_fields = {"changes": None}
+    for version in (6, 7):
+        service.version = version
+        assert catalogue.find("intents", believed_s=0.0).champion.version == version
 
 
 def test_reload_asks_the_service(asked: Asked) -> None:

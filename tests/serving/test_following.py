@@ -259,3 +259,32 @@ def test_following_serves_what_was_last_in_place_of_what_cannot_be_loaded() -> N
         made.follower.close()
 
     asyncio.run(followed())
+
+
+def test_following_counts_a_problem_at_once_and_its_end() -> None:
+    async def followed() -> None:
+        made = Following()
+        await made.look(routing(1), routing(1, task="other"))
+        before = made.follower.changes
+        seen: list[tuple[int, set[str]]] = []
+
+        def refuse() -> None:
+            raise ArtifactError("broken")
+
+        def look() -> None:
+            # the other task is still to be loaded
+            seen.append((made.follower.changes, set(made.follower.problems())))
+
+        made.before_admit = {2: refuse, 3: look}
+        await made.look(routing(2), routing(3, task="other"))
+        assert seen == [(before + 1, {TASK})]
+        counted = made.follower.changes
+        await made.look(routing(2), routing(3, task="other"))
+        assert made.follower.changes == counted
+        await made.look(routing(1), routing(3, task="other"))
+        assert made.follower.changes == counted + 2, "a route is made anew, and the problem gone"
+        made.registry.problems = {"third": "it has no champion"}
+        await made.look(routing(1), routing(3, task="other"))
+        assert made.follower.changes == counted + 3
+
+    asyncio.run(followed())
