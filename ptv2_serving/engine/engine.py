@@ -24,9 +24,10 @@ from ptv2_serving.answering import (
     TooLongError,
 )
 from ptv2_serving.engine.forward import BackboneChoice
-from ptv2_serving.engine.pool import Pool, Worker
+from ptv2_serving.engine.pool import Pool
 from ptv2_serving.engine.requests import Computed, Request, Trial, rows_of
 from ptv2_serving.engine.waiting import Item, Waiting, in_batches
+from ptv2_serving.engine.worker import Worker
 
 # of the latest batch in the running estimate of rows a second
 RATE_WEIGHT = 0.1
