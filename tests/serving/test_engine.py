@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,21 +200,40 @@ def test_engine_tries_a_prompt_in_every_process_before_it_is_resident(served: Se
 
 
 def test_engine_tries_a_prompt_before_the_rows_that_wait(served: Served) -> None:
-    async def tried() -> tuple[int, int]:
-        many = [asyncio.create_task(served.ask("one", TEXTS[1])) for _ in range(250)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        waiting = served.engine.num_waiting
-        trial = Trial(split=served.asked("two", TEXTS[1]).split, check=lambda logits: None)
-        slot = await served.engine.put(served.prompts["two"], alone=False, trial=trial)
-        left = served.engine.num_waiting
-        served.engine.drop(slot)
-        await asyncio.gather(*many)
-        return waiting, left
+    async def tried() -> list[bool]:
+        host, workers = served.engine.pool.host, served.engine.pool.ready
+        assert host is not None
+        pids = _children(host.process.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            many = [asyncio.create_task(served.ask("one", TEXTS[1])) for _ in range(250)]
+            while sum(len(worker.batches) for worker in workers) < 4:
+                await asyncio.sleep(0)
+            trial = Trial(split=served.asked("two", TEXTS[1]).split, check=lambda logits: None)
+            put = asyncio.create_task(
+                served.engine.put(served.prompts["two"], alone=False, trial=trial)
+            )
+            while not all(worker.calls for worker in workers):
+                await asyncio.sleep(0)
+            sent = [set(worker.batches) for worker in workers]
+            are_left: list[bool] = []
 
-    waiting, left = served.runner.run(tried())
-    # each process had two batches of 16, and finished the first at most
-    assert left >= waiting - 4 * 16 > 0
+            def note(place: int, _: object) -> None:
+                are_left.append(set(workers[place].batches) == sent[place])
+
+            for place, worker in enumerate(workers):
+                (answer,) = worker.calls.values()
+                answer.add_done_callback(partial(note, place))
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        served.engine.drop(await put)
+        await asyncio.gather(*many)
+        return are_left
+
+    # each process was sent two batches and then the prompt, and answered that first
+    assert served.runner.run(tried()) == [True, True]
 
 
 def test_engine_drops_what_a_joining_process_does_not_hold_yet(served: Served) -> None:
