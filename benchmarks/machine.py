@@ -10,12 +10,15 @@ import peft
 import torch
 import transformers
 
+from ptv2_core.machine import keep_freed_memory
+
 CPU_FILE = Path("/proc/cpuinfo")
 
 
 def set_up(*, threads: int) -> None:
-    """Use so many threads, and keep the libraries quiet."""
+    """Use so many threads, keep freed memory as an engine does, and keep the libraries quiet."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     # a head that is not in the checkpoint is what we want, not news
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

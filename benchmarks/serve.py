@@ -5,11 +5,12 @@ as soon as they are answered. Our engine mixes the tasks in its batches. The pee
 request at a time on our own forward, switch PEFT's adapter for each request, or hold a fine-tuned
 copy of the model a task; each of them also with all that one task has waiting as one batch. All on
 as many threads, in the same number format, in turn, with the same clients: at that, our p95 is the
-lower one wherever our throughput is the higher. A ratio is the median over the rounds of the
-throughputs of one round. Then 1,000 prompts are made resident, and an alias is moved again and
-again. Correctness under load, and a soak, are `benchmarks.serve_load` and `benchmarks.serve_soak`.
-With `--quick` a slow machine does less of every part, and leaves out none, so that it ends within 8
-minutes; what was shortened is said below the tables and in the JSON.
+lower one wherever our throughput is the higher. Our engine in int8 is asked beside them; its ratios
+begin with `int8_`. A ratio is the median over the rounds of the throughputs of one round. Then
+1,000 prompts are made resident, and an alias is moved again and again. Correctness under load, and
+a soak, are `benchmarks.serve_load` and `benchmarks.serve_soak`. With `--quick` a slow machine does
+less of every part, and leaves out none, so that it ends within 8 minutes; what was shortened is
+said below the tables and in the JSON.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ from benchmarks.serve_parts import LocalRegistry, Prompts, names, run_on_loop
 from benchmarks.serve_rates import (
     MIXED,
     ONE_TASK,
+    ROUNDED,
     Measured,
     Rows,
     Served,
     compare,
     differences,
+    distance,
+    logits_of,
     make_rows,
 )
 from benchmarks.serve_report import drawn
@@ -49,17 +53,19 @@ TABLE_WIDTH = 125
 TASKS, CLIENTS = 50, 64
 TOKENS = (16, 32, 64)
 LOOKED_AT = (10, 100, 300)
+INT8 = "int8"
+OURS = (MIXED, ONE_TASK, ROUNDED)
 PUBLISHED, DEFAULT = 16, 64
 # the parts of `--quick`, estimated from an earlier run: 2 cores of an AMD EPYC, AVX512-BF16
 USUAL = {
-    "P = 16": Usual(12, 0),
-    "P = 16, T = 16": Usual(3, 18),
-    "P = 16, T = 32": Usual(5, 29),
-    "P = 16, T = 64": Usual(8, 49),
-    "P = 64": Usual(12, 0),
-    "P = 64, T = 16": Usual(4, 22),
-    "P = 64, T = 32": Usual(5, 31),
-    "P = 64, T = 64": Usual(8, 52),
+    "P = 16": Usual(17, 0),
+    "P = 16, T = 16": Usual(3, 21),
+    "P = 16, T = 32": Usual(5, 34),
+    "P = 16, T = 64": Usual(8, 58),
+    "P = 64": Usual(17, 0),
+    "P = 64, T = 16": Usual(4, 26),
+    "P = 64, T = 32": Usual(5, 37),
+    "P = 64, T = 64": Usual(8, 62),
     "residents": Usual(15, 25),
     "costs": Usual(4, 5),
     "swaps": Usual(3, 7),
@@ -134,7 +140,8 @@ class Table:
         prompt_length: P.
         precision: Of the weights of all ways.
         variants: Of each peer, the one that was the fastest.
-        differences: How far a peer's logits are from ours, as a share of the largest.
+        differences: How far a peer's logits are from ours, and ours in int8 too, as a share of the
+            largest.
         copies_bytes: What the fine-tuned copies take.
         measured: By T and way.
     """
@@ -147,12 +154,21 @@ class Table:
     measured: Mapping[int, Mapping[str, Measured]]
 
     def ratios(self) -> dict[str, float]:
-        """Return our throughput over each peer's, and mixed traffic's over that of one task."""
+        """Return our throughput over each peer's, and mixed traffic's over that of one task.
+
+        Those that begin with `int8_` are our engine's in int8; `int8_t16` is it over itself in the
+        peers' format.
+        """
         found = {
-            f"{key}_t{tokens}": ratio(ways[MIXED], peer)
+            f"{prefix}{key}_t{tokens}": ratio(ways[own], peer)
+            for prefix, own in (("", MIXED), (f"{INT8}_", ROUNDED))
             for tokens, ways in self.measured.items()
             for key, peer in ways.items()
-            if key not in (MIXED, ONE_TASK)
+            if key not in OURS
+        }
+        found |= {
+            f"{INT8}_t{tokens}": ratio(ways[ROUNDED], ways[MIXED])
+            for tokens, ways in self.measured.items()
         }
         single = {
             tokens: ratio(ways[MIXED], ways[ONE_TASK]) for tokens, ways in self.measured.items()
@@ -185,26 +201,31 @@ def throughput(
         prompts.save(scratch / f"p{length}" / name, name, seed=place, golden=0)
         for place, name in enumerate(names(TASKS))
     ]
-    served = Served(prompts.choice(), EngineConfig(threads=threads))
+    choice = prompts.choice()
+    served = Served(choice, EngineConfig(threads=threads))
+    rounded = Served(replace(choice, precision=INT8), EngineConfig(threads=threads))
     try:
         with budget.part(f"P = {length}"):
             served.put(folders)
+            rounded.put(folders)
             rows = {
                 tokens: make_rows(prompts, tokens=tokens, count=plan.requests, tasks=TASKS)
                 for tokens in TOKENS
             }
-            choice, ids = prompts.choice(), rows[TOKENS[0]].ids
+            ids = rows[TOKENS[0]].ids
             exact: list[Way] = [Ours(choice, folders), fastest_peft(choice, folders, ids)]
             precision = str(served.engine.backbone["precision"])
             off = differences(served, exact, rows[TOKENS[0]], requests=TASKS)
             wrong = {key: value for key, value in off.items() if value > AGREEMENT[precision]}
             assert not wrong, f"peers that compute something else: {wrong}"
+            few = rows[TOKENS[0]].first(TASKS)
+            off[ROUNDED] = distance(logits_of(rounded, few), logits_of(served, few))
             copies: Copies = fastest_copies(choice, folders, ids)
             ways = [*exact, copies]
         measured = {}
         for tokens in TOKENS:
             with budget.part(f"P = {length}, T = {tokens}") as share:
-                measured[tokens] = _compared(served, ways, rows[tokens], plan, share)
+                measured[tokens] = _compared(served, rounded, ways, rows[tokens], plan, share)
         return Table(
             prompt_length=length,
             precision=precision,
@@ -215,15 +236,17 @@ def throughput(
         )
     finally:
         served.close()
+        rounded.close()
 
 
 def _compared(
-    served: Served, ways: Sequence[Way], rows: Rows, plan: Plan, share: float
+    served: Served, rounded: Served, ways: Sequence[Way], rows: Rows, plan: Plan, share: float
 ) -> Mapping[str, Measured]:
     rounds = scaled(plan.rounds, share, least=1)
     rest = share * plan.rounds / rounds
     return compare(
         served,
+        rounded,
         ways,
         rows.first(scaled(plan.requests, rest, least=CLIENTS)),
         clients=CLIENTS,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.serve_parts import MAX_LENGTH, Prompts, run_on_loop, task_of
 from benchmarks.serve_ways import IdsArray, LogitsArray, Way, grouped
@@ -27,7 +26,7 @@ from ptv2_serving.engine.forward import BackboneChoice
 
 TIMEOUT_S = 120.0
 WARM_UP = 128
-MIXED, ONE_TASK = "mixed", "one_task"
+MIXED, ONE_TASK, ROUNDED = "mixed", "one_task", "mixed_int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,23 +197,43 @@ def differences(
 ) -> dict[str, float]:
     """Return how far each way's logits are from ours at most, as a share of the largest."""
     few = rows.first(requests)
-    ours = np.stack(served.ask(few, requests)[2])
-    found = {}
-    for way in ways:
-        theirs: npt.NDArray[np.float32] = np.concatenate(
-            [way.answer(slot, few.ids[place : place + 1]) for place, slot in enumerate(few.slots)]
+    ours = logits_of(served, few)
+    return {
+        way.key: distance(
+            ours,
+            np.concatenate(
+                [way.answer(slot, ids[None]) for slot, ids in zip(few.slots, few.ids, strict=True)]
+            ),
         )
-        found[way.key] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    return found
+        for way in ways
+    }
+
+
+def logits_of(served: Served, rows: Rows) -> LogitsArray:
+    """Return the logits `[requests, C]` of our engine, all requests waiting at once."""
+    return np.stack(served.ask(rows, len(rows.slots))[2])
+
+
+def distance(ours: LogitsArray, theirs: LogitsArray) -> float:
+    """Return how far logits are from others at most, as a share of the largest of those."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def compare(
-    served: Served, ways: Sequence[Way], rows: Rows, *, clients: int, rounds: int, peer_rows: int
+    served: Served,
+    rounded: Served,
+    ways: Sequence[Way],
+    rows: Rows,
+    *,
+    clients: int,
+    rounds: int,
+    peer_rows: int,
 ) -> Mapping[str, Measured]:
-    """Measure our engine and the peers in turn.
+    """Measure our engine, in two number formats, and the peers in turn.
 
     Args:
-        served: Ours.
+        served: Ours in the format of the peers.
+        rounded: Ours in int8.
         ways: The peers.
         rows: Requests of many tasks.
         clients: That ask.
@@ -228,6 +247,7 @@ def compare(
         results = {
             MIXED: served.ask(ours, clients)[:2],
             ONE_TASK: served.ask(ours.only(rows.slots[0]), clients)[:2],
+            ROUNDED: rounded.ask(ours, clients)[:2],
         }
         for way in ways:
             results[way.key] = one_by_one(way, short, clients)

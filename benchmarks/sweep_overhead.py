@@ -20,7 +20,7 @@ from pipelines.sweep.flow import sweep_one
 from pipelines.sweep.host import Trainer
 from pipelines.sweep.job import Job
 from pipelines.sweep.record import SweepRecord
-from pipelines.threads import limit_threads
+from pipelines.threads import set_up_torch
 
 TASK = "intents"
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -141,7 +141,7 @@ def seconds_each(ends: list[datetime], workers: int) -> tuple[float, int]:
 
 def _alone(file: Path, paths: TaskPaths, record: SweepRecord, workers: int) -> float:
     """Return the seconds of a trial's training alone in this process, the mean of all trials."""
-    limit_threads(workers)
+    set_up_torch(workers)
     trainer = Trainer(load_settings(file).task(TASK), paths.root)
 
     def once(params: Mapping[str, Any]) -> float:

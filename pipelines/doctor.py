@@ -25,7 +25,7 @@ from pipelines.settings import (
     load_settings,
     read_environment,
 )
-from pipelines.threads import available_cores, chosen_threads, limit_threads, threads_by_user
+from pipelines.threads import available_cores, chosen_threads, set_up_torch, threads_by_user
 from ptv2_core.config import Device, Precision, PromptConfig
 from ptv2_core.errors import BackboneError, ConfigError
 from ptv2_core.machine import measure_gemm_rate
@@ -174,7 +174,7 @@ def _disk(root: Path) -> Finding:
 def _threads(settings: Settings | None) -> Finding:
     side_by_side = min(settings.run.concurrency, len(settings.tasks)) if settings else 1
     try:
-        alone = limit_threads()
+        alone = set_up_torch()
     except ConfigError as error:
         return Finding("machine", "threads", str(error), state="problem")
     value = f"{alone} for a stage alone"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from pipelines.threads import limit_threads
+from pipelines.threads import set_up_torch
 from ptv2_core.data.tasks import TaskKind
 from ptv2_core.interchange.export import export_peft
 from ptv2_core.interchange.folder import read_config
@@ -42,7 +42,7 @@ def export_to_peft(
     prompt: Path, to: Path, without_head: bool, base: str | None, backbone: str | None
 ) -> list[str]:
     """Write a prompt as an adapter; return what was done, in words."""
-    limit_threads()
+    set_up_torch()
     exported = export_peft(
         prompt, to, backbone_name=backbone, base_model=base, with_head=not without_head
     )
@@ -55,7 +55,7 @@ def export_to_peft(
 
 def import_from_peft(source: Path, to: Path, wanted: Wanted) -> list[str]:
     """Make a prompt of an adapter; return what was done, in words."""
-    limit_threads()
+    set_up_torch()
     kind = wanted.kind or kind_of(read_config(source))
     labels = tuple(label.strip() for label in (wanted.labels or "").split(",") if label.strip())
     manifest = import_peft(

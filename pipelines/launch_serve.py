@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.console import progress
-from pipelines.threads import available_cores, limit_threads, threads_by_user
+from pipelines.threads import available_cores, set_up_torch, threads_by_user
 from ptv2_core.config import Device
 from ptv2_serving.answering import TaskStatus
 from ptv2_serving.http.auth import read_tokens
@@ -65,7 +65,7 @@ def run(
     from pipelines.launch_control import registry_uri
     from ptv2_serving.opening import ServiceConfig
 
-    limit_threads(available_cores())
+    set_up_torch(available_cores())
     engines = _engines(service.get("engines"), service.get("device") or "auto")
     chosen = ServiceConfig(
         threads=threads_by_user() or 1,

@@ -70,19 +70,25 @@ def thread_environment(workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
 
 
-def limit_threads(workers: int = 1) -> int:
-    """Hold torch in this process to its threads; returns how many.
+def set_up_torch(workers: int = 1) -> int:
+    """Hold torch in this process to its threads, and let it keep what it frees.
 
     By itself torch takes all cores of the machine, a container's quota notwithstanding.
 
     Args:
         workers: How many processes like this one run side by side.
 
+    Returns:
+        How many threads.
+
     Raises:
         ConfigError: OMP_NUM_THREADS is no number of threads.
     """
     import torch
 
+    from ptv2_core.machine import keep_freed_memory
+
+    keep_freed_memory()
     threads = chosen_threads(workers)
     torch.set_num_threads(threads)
     return threads

@@ -21,6 +21,7 @@ from benchmarks.serve_parts import Prompts, Texts, names, seed_of
 from benchmarks.serve_rates import (
     MIXED,
     ONE_TASK,
+    ROUNDED,
     Measured,
     Served,
     by_task,
@@ -133,7 +134,12 @@ def measured(per_s: float) -> Measured:
 
 
 def test_table_has_a_ratio_for_each_peer_and_length() -> None:
-    ways = {MIXED: measured(90), ONE_TASK: measured(100), "peft_switch": measured(30)}
+    ways = {
+        MIXED: measured(90),
+        ONE_TASK: measured(100),
+        ROUNDED: measured(120),
+        "peft_switch": measured(30),
+    }
     table = Table(
         prompt_length=16,
         precision="bfloat16",
@@ -150,6 +156,12 @@ def test_table_has_a_ratio_for_each_peer_and_length() -> None:
         "single_task_t32": 1.0,
         "single_task_t64": 0.9,
         "single_task": 0.9,
+        "int8_peft_switch_t16": 4.0,
+        "int8_peft_switch_t32": 4.0,
+        "int8_peft_switch_t64": 4.0,
+        "int8_t16": 120 / 90,
+        "int8_t32": 120 / 90,
+        "int8_t64": 120 / 90,
     }
 
 

@@ -38,10 +38,10 @@ def pull(
 ) -> None:
     """Download a registered prompt and verify it on its backbone."""
     from pipelines.launch_control import registry_uri
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
     from ptv2_serving import signing, store
 
-    limit_threads()
+    set_up_torch()
     pulled = store.pull(
         reference,
         to,
@@ -183,11 +183,11 @@ def predict(
 ) -> None:
     """Answer texts or other inputs with a prompt: labels, numbers, choices, spans, answers."""
     from pipelines.predict_inputs import read_inputs
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
     from ptv2_core.artifact import load_manifest
     from ptv2_core.evaluation.predict import Predictor
 
-    limit_threads()
+    set_up_torch()
     inputs = read_inputs(load_manifest(prompt).task, texts or [], pair, given)
     predictor = Predictor.load(prompt, backbone_name=backbone)
     answers = predictor.predict(inputs)

@@ -146,9 +146,9 @@ def multitask(
     from pipelines import multitask as shared
     from pipelines.console import progress, shared_table
     from pipelines.settings import load_settings
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
 
-    limit_threads()
+    set_up_torch()
     load_settings(workspace / "params.yaml")
     os.chdir(workspace)
     settings = load_settings(Path("params.yaml"))

@@ -152,10 +152,10 @@ def inspect(
     from pipelines.console import layers_table
     from pipelines.inspect_page import page
     from pipelines.inspect_report import explain
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
     from ptv2_core.files import write_json_atomic, write_text_atomic
 
-    limit_threads()
+    set_up_torch()
     found = inspecting.inspect(settings, paths)
     explanation = explain(found)
     write_text_atomic(paths.inspected, page(found, explanation))

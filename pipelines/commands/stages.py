@@ -51,9 +51,9 @@ def search(task: Task, workspace: Workspace = Path()) -> None:
     settings, paths = task_of(workspace, task)
     from pipelines.console import progress
     from pipelines.stages import search as stage
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
 
-    limit_threads()
+    set_up_torch()
     with progress(f"search {task}", make_console()) as on_progress:
         done = stage.run(settings, paths, on_progress)
     if done.value is None:
@@ -79,9 +79,9 @@ def train(task: Task, workspace: Workspace = Path()) -> None:
     from pipelines.settings import read_environment
     from pipelines.stages import silent
     from pipelines.stages import train as stage
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
 
-    limit_threads()
+    set_up_torch()
     if read_environment().rank > 0:  # the first process of torchrun speaks for all
         stage.run(settings, paths, silent)
         return
@@ -119,9 +119,9 @@ def evaluate(
     settings, paths = task_of(workspace, task)
     from pipelines.console import formats_table, progress
     from pipelines.stages import evaluate as stage
-    from pipelines.threads import limit_threads
+    from pipelines.threads import set_up_torch
 
-    limit_threads()
+    set_up_torch()
     if compare:
         from pipelines.number_formats import compare_formats, precisions_of
 

@@ -23,7 +23,7 @@ from pipelines.stages.lanes import trial_config
 from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, load_start, start_training, trunk_cache
 from pipelines.sweep.job import Job, inputs_of
-from pipelines.threads import limit_threads
+from pipelines.threads import set_up_torch
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import PTv2Error
 from ptv2_core.training.checkpoint import Checkpoint
@@ -174,7 +174,7 @@ def trainer_for(job: Job) -> Trainer:
     Raises:
         InputsError: Data or backbone cannot be loaded, or are not those that the study began with.
     """
-    limit_threads(job.workers)
+    set_up_torch(job.workers)
     try:
         settings = load_settings(Path(job.params_file)).task(job.task)
         trainer = Trainer(settings, Path(job.root))

@@ -18,6 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ptv2_core.model.prompts import LayerPrompt
 
 ATTENTION_NAME = "ptv2"
+# keys that torch's softmax takes at once in bf16 on a CPU; it takes what is left one by one, which
+# costs more than a detour over fp32 unless there are many
+BF16_BLOCK = 32
+RAGGED_KEYS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +205,14 @@ def _limited_mask(
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attention weights `[B, N, T, S]`, in the format of the states.
 
-    The softmax of a bf16 tensor is computed in fp32 and rounded once, inside torch.
+    The softmax of a bf16 tensor is computed in fp32 and rounded once, inside torch or here.
     """
     scores = (query * scaling) @ key.transpose(2, 3)
-    weights = torch.softmax(scores if mask is None else scores.add_(mask), dim=-1)
+    if mask is not None:
+        scores.add_(mask)
+    width = scores.shape[-1]
+    is_ragged = width < RAGGED_KEYS and width % BF16_BLOCK != 0
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if is_ragged else None)
     return weights.to(query.dtype)  # autocast leaves them in fp32
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_core.errors import PTv2Error
+from ptv2_core.machine import keep_freed_memory
 from ptv2_serving.engine.forward import BackboneChoice, Forward, Row
 
 # what a socket holds of a batch that waits for its turn, so that sending never blocks
@@ -89,6 +90,7 @@ def _host(
     # Ctrl-C goes to the whole group; the server ends its processes when it has drained
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    keep_freed_memory()
     # a fork copies no threads: none may exist before it
     torch.set_num_threads(1)
     connection = Connection(engine.detach())

@@ -1,5 +1,7 @@
 """The measured rate, against multiplications whose time a clock of the test decides."""
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,3 +77,28 @@ def test_machine_peak_memory_is_this_processes_own() -> None:
     child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     del ballast
     assert 0 < int(child.stdout) < 700 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc than glibc's")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_machine_memory_that_was_freed_is_used_again(keeps: bool) -> None:
+    code = f"""
+import resource, torch
+from ptv2_core.machine import keep_freed_memory
+if {keeps}:
+    keep_freed_memory()
+def faults():
+    for _ in range(10):
+        tensors = [torch.ones(5 << 20) for _ in range(3)]  # of 20 MB
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+warm = faults()
+print(faults() - warm)
+"""
+    # by itself malloc learns from what is freed; told so, it gives every tensor back at once
+    told = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, env={**os.environ, **told}
+    )
+    # 30 tensors, of ten pages each where the system's pages are large
+    assert (int(child.stdout) < 30) == keeps

@@ -38,7 +38,9 @@ def test_int8_linear_equals_whole_number_arithmetic() -> None:
     numbers = (weight / by_output[:, None]).round().double()
     rows = (states / by_row[:, None]).round().double()
     expected = (rows @ numbers.T) * by_row[:, None] * by_output + given.bias
+    before = states.clone()
     found = Int8Linear(given)(states)
+    assert torch.equal(states, before)
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found, given(states), atol=0.05, rtol=0.05)
 

@@ -58,7 +58,7 @@ def test_threads_of_the_user_win_but_for_more_than_the_cores(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", written)
     assert threads.chosen_threads(2) == chosen
-    assert threads.limit_threads(2) == chosen
+    assert threads.set_up_torch(2) == chosen
     assert torch.get_num_threads() == chosen
 
 
@@ -67,7 +67,7 @@ def test_threads_that_are_no_number_are_refused(
     written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", written)
-    for ask in (threads.chosen_threads, threads.thread_environment, threads.limit_threads):
+    for ask in (threads.chosen_threads, threads.thread_environment, threads.set_up_torch):
         with pytest.raises(ConfigError) as caught:
             ask(1)
         assert str(caught.value) == (

@@ -36,14 +36,14 @@ class Int8Linear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return `[..., outputs]` for `[..., inputs]`, in the format of the states."""
-        flat = states.reshape(-1, states.shape[-1]).float()  # [..., inputs] -> [rows, inputs]
-        scale = flat.abs().amax(dim=1, keepdim=True).clamp_(min=SMALLEST) / LEVELS
-        rounded = (flat / scale).round_().to(torch.int8)
-        product = torch._int_mm(rounded, self._weight.t()).float()
-        product *= scale
-        product *= self._scale
+        # [..., inputs] -> [rows, inputs], and all that follows in place: it is memory that costs
+        flat = states.reshape(-1, states.shape[-1]).to(torch.float32, copy=True)
+        highest, lowest = flat.amax(dim=1, keepdim=True), flat.amin(dim=1, keepdim=True)
+        scale = torch.maximum(highest, lowest.neg_()).clamp_(min=SMALLEST).div_(LEVELS)
+        rounded = flat.div_(scale).round_().to(torch.int8)
+        product = torch._int_mm(rounded, self._weight.t()).float().mul_(scale).mul_(self._scale)
         if self._bias is not None:
-            product += self._bias
+            product.add_(self._bias)
         return product.to(states.dtype).view(*states.shape[:-1], -1)
 
 
