@@ -13,17 +13,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ptv2_core.artifact import (
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Weights,
-    load_manifest,
-    save_artifact,
-)
+from ptv2_core.artifact import Weights, save_artifact
 from ptv2_core.config import HeadConfig, PromptConfig, TrainConfig
 from ptv2_core.data.tasks import METRICS, TaskSpec
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import sha256_file
+from ptv2_core.manifest import MANIFEST_FILE, WEIGHTS_FILE, load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import Location, locate

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.serve_load import percentile_ms
 from benchmarks.serve_parts import LocalRegistry, Prompts, names, seed_of
-from ptv2_core.artifact import WEIGHTS_FILE, load_manifest
+from ptv2_core.manifest import WEIGHTS_FILE, load_manifest
 from ptv2_serving.backbone import Verifier
 from ptv2_serving.control import Registry
 from ptv2_serving.objects import Objects

@@ -23,8 +23,9 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.serve_parts import memory_of
-from ptv2_core.artifact import load_manifest, load_weights
+from ptv2_core.artifact import load_weights
 from ptv2_core.config import PromptConfig
+from ptv2_core.manifest import load_manifest
 from ptv2_core.model.backbones.base import Encoded
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.heads import read

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from pipelines.multitask import shared_model
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import load_settings
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, overlay
 from ptv2_core.artifact import Weights
 from ptv2_core.config import TrainConfig

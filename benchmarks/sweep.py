@@ -42,8 +42,8 @@ from benchmarks.sweep_ways import (
     run_tpe,
 )
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import load_settings
-from pipelines.stages.prepare import Prepared
 from pipelines.threads import available_cores
 from ptv2_core.files import write_json_atomic
 

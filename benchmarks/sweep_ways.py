@@ -21,11 +21,11 @@ import optuna
 import ptv2_core
 from benchmarks.epochs import best, spent_until
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.schema import nested
 from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages import fetch, prepare
 from pipelines.stages.lanes import trial_config
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, backbone_identity, overlay, start_training
 from pipelines.study import suggest
 from pipelines.sweep.supervise import Ended

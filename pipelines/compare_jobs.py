@@ -20,10 +20,10 @@ from pipelines import compare_items
 from pipelines.compare_data import Items, Row, Trial
 from pipelines.extra_settings import CompareSettings
 from pipelines.paths import TaskPaths, alone
+from pipelines.prepared import Prepared, read_examples
 from pipelines.schema import FirstTrial, SearchSettings, SearchSpace
 from pipelines.settings import TaskSettings
 from pipelines.stages.lanes import end_with_parent, one_by_one
-from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import (
     backbone_for,

@@ -13,7 +13,7 @@ from pipelines.compare_data import WindowRun
 from pipelines.compare_jobs import Cell, begin, training_key
 from pipelines.extra_settings import WindowSettings
 from pipelines.paths import alone
-from pipelines.stages.prepare import Prepared
+from pipelines.prepared import Prepared
 from pipelines.stages.training import backbone_for, overlay, start_training, trunk_cache
 from ptv2_core.config import TrainConfig
 from ptv2_core.errors import TrainingError

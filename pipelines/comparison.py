@@ -35,9 +35,9 @@ from pipelines.errors import PipelineError
 from pipelines.extra_settings import METHODS, CompareSettings
 from pipelines.jobs import Submit, side_by_side
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import Settings
 from pipelines.stages import Progress, silent
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, backbone_identity
 from pipelines.threads import available_cores, chosen_threads
 from ptv2_core.data.examples import SPLITS

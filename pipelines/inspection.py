@@ -9,18 +9,11 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
+from pipelines.prepared import TASK_FILE, Prepared
 from pipelines.settings import TaskSettings
-from pipelines.stages.prepare import TASK_FILE, Prepared
 from pipelines.stages.train import LAYERS_FILE
 from pipelines.stages.training import backbone_for
-from ptv2_core.artifact import (
-    MANIFEST_FILE,
-    Manifest,
-    Weights,
-    load_manifest,
-    load_weights,
-    restore_model,
-)
+from ptv2_core.artifact import Weights, load_weights, restore_model
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.diagnosis import (
     DIAGNOSED_ROWS,
@@ -29,6 +22,7 @@ from ptv2_core.evaluation.diagnosis import (
     effective_rank,
     root_mean_square,
 )
+from ptv2_core.manifest import MANIFEST_FILE, Manifest, load_manifest
 from ptv2_core.training.records import LayerRecord
 
 FORMAT = "ptv2-inspection-1"

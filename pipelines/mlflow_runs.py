@@ -17,7 +17,6 @@ from pipelines.model_card import (
     run_params,
 )
 from pipelines.model_text import run_description
-from ptv2_core.artifact import FILES, Manifest
 from ptv2_core.config import Method
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.data.tasks import Form
@@ -27,6 +26,7 @@ from ptv2_core.evaluation.inputs import (
     NUMBER_FIELDS,
     input_fields,
 )
+from ptv2_core.manifest import FILES, Manifest
 from ptv2_serving.tracking import PROMPT_PATH, SHA256_TAG
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from pipelines.gate import FORMAT_TAG
-from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest
+from pipelines.paths import BEST_FILE
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.files import sha256_file
+from ptv2_core.manifest import MANIFEST_FILE, Manifest, load_manifest
 from ptv2_serving.tracking import MANIFEST_TAG, SHA256_TAG
 
 CURVES = ("train_loss", "dev_loss", "dev_score", "learning_rate")
@@ -90,7 +91,7 @@ def read_results(
         PipelineError: A result is absent or is not what its stage writes.
     """
     metrics_file = train_dir / "metrics.json"
-    best_file = search_dir / "best.json"
+    best_file = search_dir / BEST_FILE
     train = _read_json(metrics_file, stage="train")
     evaluate = _read_json(evaluate_dir / "metrics.json", stage="evaluate")
     manifest = load_manifest(artifact_dir)

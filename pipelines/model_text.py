@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.model_card import METHOD_TAG, Results, has_prompt
-from ptv2_core.artifact import Manifest
 from ptv2_core.config import Method
 from ptv2_core.data.tasks import TaskKind, TaskSpec
 from ptv2_core.evaluation.inputs import LIST_FIELDS, NUMBER_FIELDS, TEXT_KINDS, input_fields
+from ptv2_core.manifest import Manifest
 
 GENERATED = "*Written by `ptv2`, and again with every version. Delete this line to keep your own.*"
 """The last line of a model's description; where a person removed it, the text is theirs."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SharedPrompt
 from pipelines.paths import TaskPaths, alone
+from pipelines.prepared import Prepared
 from pipelines.settings import Settings
 from pipelines.stages import Progress, silent
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.train import save_prompt
 from pipelines.stages.training import backbone_for, overlay, trunk_cache
 from ptv2_core.artifact import Weights

@@ -8,6 +8,9 @@ from pathlib import Path
 from pipelines.errors import PipelineError
 from ptv2_core.files import locked
 
+BEST_FILE = "best.json"
+"""What a search found, in `TaskPaths.search`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPaths:

@@ -38,7 +38,7 @@ from pipelines.model_text import (
     version_description,
 )
 from pipelines.settings import set_environment_defaults
-from ptv2_core.artifact import Manifest
+from ptv2_core.manifest import Manifest
 from ptv2_serving import audit
 from ptv2_serving.tracking import (
     SHA256_TAG,

@@ -16,15 +16,19 @@ from ptv2_core.bounded import (
     is_whole,
     parse_json,
     read_bounded,
+    read_header,
 )
 from ptv2_core.config import HeadConfig, Method, PromptConfig
 from ptv2_core.data.tasks import TaskSpec
 from ptv2_core.errors import ArtifactError, ConfigError
+from ptv2_core.files import sha256_file
 
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "prompt.safetensors"
 MANIFEST_FILE = "prompt.json"
 FILES = (WEIGHTS_FILE, MANIFEST_FILE)
+BACKBONE = "backbone."
+"""Names of a fine-tuned backbone's weights begin with it, in the file."""
 
 MAX_PROMPT_BYTES = 2**30
 MAX_TUNED_BYTES = 2**35
@@ -167,6 +171,60 @@ def largest_weights(manifest: Manifest) -> int:
             f"of {data_bytes:,}: {manifest.shapes()}"
         )
     return 8 + MAX_HEADER_BYTES + data_bytes
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read and check an artifact without loading its weights.
+
+    Args:
+        directory: Holds both files.
+
+    Raises:
+        ArtifactError: A file is missing, of another schema, malformed, larger than what it holds,
+            or the weights are not the ones that the manifest names.
+    """
+    file, weights = directory / MANIFEST_FILE, directory / WEIGHTS_FILE
+    for needed in (file, weights):
+        if not needed.is_file():
+            raise ArtifactError(
+                f"{needed}: not there; a prompt is a folder with {' and '.join(FILES)}"
+            )
+    manifest = read_manifest(file, weights_bytes=weights.stat().st_size)
+    # sizes and shapes first: what cannot be a prompt is not read to its end
+    _check_shapes(manifest, weights)
+    found = sha256_file(weights)
+    if found != manifest.sha256:
+        raise ArtifactError(
+            f"{weights}: expected sha256 {manifest.sha256}, got {found}; the weights were changed "
+            "or damaged. Get the prompt again."
+        )
+    return manifest
+
+
+def _check_shapes(manifest: Manifest, weights: Path) -> None:
+    """Compare the file's size and the tensors in its header with the manifest."""
+    most, size = largest_weights(manifest), weights.stat().st_size
+    if size > most:
+        raise ArtifactError(f"{weights}: expected at most {most:,} bytes, got {size:,}")
+    header = read_header(weights)
+    is_tuned = manifest.method == "finetune"
+    found = {
+        name: shape
+        for name, shape in header.shapes.items()
+        if not (is_tuned and name.startswith(BACKBONE))
+    }
+    expected = manifest.shapes()
+    if found != expected:
+        raise ArtifactError(f"{weights}: expected tensors {expected}, got {_some(found)}")
+    if is_tuned and not any(name.startswith(BACKBONE) for name in header.shapes):
+        raise ArtifactError(
+            f"{weights}: expected the weights of a fine-tuned backbone, got {', '.join(found)}"
+        )
+
+
+def _some(shapes: Mapping[str, list[int]], *, most: int = 500) -> str:
+    text = str(dict(shapes))
+    return text if len(text) <= most else f"{text[:most]}... ({len(shapes):,} tensors)"
 
 
 def _check_sections(raw: Any, file: Path) -> None:

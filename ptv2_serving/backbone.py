@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptv2_core.artifact import Manifest
 from ptv2_core.errors import ArtifactError, BackboneError
 from ptv2_core.evaluation.codec import Codec
 from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.manifest import Manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import Location, locate

@@ -12,11 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptv2_core.artifact import FILES, MANIFEST_FILE, WEIGHTS_FILE, load_manifest, load_weights
+from ptv2_core.artifact import load_weights
 from ptv2_core.bounded import MAX_JSON_BYTES
 from ptv2_core.errors import ArtifactError
 from ptv2_core.files import sha256_file
-from ptv2_core.manifest import MAX_TUNED_BYTES, Manifest, largest_weights, read_manifest
+from ptv2_core.manifest import (
+    FILES,
+    MANIFEST_FILE,
+    MAX_TUNED_BYTES,
+    WEIGHTS_FILE,
+    Manifest,
+    largest_weights,
+    load_manifest,
+    read_manifest,
+)
 from ptv2_serving.routing import ResolvedVersion
 from ptv2_serving.tracking import StoreError
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptv2_core.artifact import Manifest
 from ptv2_core.errors import ArtifactError, DataError, PTv2Error
 from ptv2_core.evaluation.codec import Codec
 from ptv2_core.evaluation.inputs import input_fields
 from ptv2_core.evaluation.predict import Predictor
+from ptv2_core.manifest import Manifest
 from ptv2_serving.backbone import Verifier
 from ptv2_serving.engine.requests import Trial
 from ptv2_serving.golden import check_decisions

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptv2_core.artifact import FILES, Manifest
 from ptv2_core.bounded import parse_json, read_bounded
 from ptv2_core.errors import ArtifactError
 from ptv2_core.files import fsync_path, write_json_atomic
+from ptv2_core.manifest import FILES, Manifest
 from ptv2_serving import signing
 from ptv2_serving.answering import PromptId
 from ptv2_serving.checks import check_files, check_numbers

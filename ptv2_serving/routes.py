@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ptv2_core.artifact import Manifest
 from ptv2_core.evaluation.codec import Codec
+from ptv2_core.manifest import Manifest
 from ptv2_serving.answering import PromptId, Role, UnknownTaskError
 from ptv2_serving.guard import Record
 

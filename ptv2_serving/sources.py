@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from ptv2_core.artifact import MANIFEST_FILE, WEIGHTS_FILE, Manifest, load_manifest
 from ptv2_core.bounded import parse_json
 from ptv2_core.errors import ArtifactError
+from ptv2_core.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, load_manifest
 from ptv2_serving.checks import (
     CHUNK_BYTES,
     Entry,

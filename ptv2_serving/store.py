@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptv2_core.artifact import FILES, Manifest, load_manifest
 from ptv2_core.config import Device
 from ptv2_core.errors import ArtifactError, DataError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import replace_directory
+from ptv2_core.manifest import FILES, Manifest, load_manifest
 from ptv2_serving import signing
 from ptv2_serving.references import Reference, parse_reference
 from ptv2_serving.resolving import resolve

@@ -63,7 +63,7 @@ CORE_ARROWS = {
     "parallel": set[str](),
     "data": {"errors", "config", "files"},
     "model": {"errors", "config", "files", "data.tasks"},
-    "manifest": {"errors", "bounded", "config", "data.tasks"},
+    "manifest": {"errors", "bounded", "config", "files", "data.tasks"},
     "artifact": {"errors", "bounded", "config", "files", "manifest", "data.tasks", "model"},
     "interchange": {
         "errors",
@@ -76,7 +76,16 @@ CORE_ARROWS = {
         "model",
         "evaluation",
     },
-    "evaluation": {"errors", "config", "files", "parallel", "data", "model", "artifact"},
+    "evaluation": {
+        "errors",
+        "config",
+        "files",
+        "parallel",
+        "manifest",
+        "data",
+        "model",
+        "artifact",
+    },
     "training": {"errors", "config", "files", "parallel", "data", "model", "evaluation"},
 }
 

@@ -184,8 +184,8 @@ def predict(
     """Answer texts or other inputs with a prompt: labels, numbers, choices, spans, answers."""
     from pipelines.predict_inputs import read_inputs
     from pipelines.threads import set_up_torch
-    from ptv2_core.artifact import load_manifest
     from ptv2_core.evaluation.predict import Predictor
+    from ptv2_core.manifest import load_manifest
 
     set_up_torch()
     inputs = read_inputs(load_manifest(prompt).task, texts or [], pair, given)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared, read_examples
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
-from pipelines.stages.prepare import Prepared, read_examples
 from pipelines.stages.training import backbone_for
 from pipelines.tables import csv_text
-from ptv2_core.artifact import MANIFEST_FILE, Manifest, load_manifest, load_weights, restore_model
+from ptv2_core.artifact import load_weights, restore_model
 from ptv2_core.config import HeadConfig, Precision
 from ptv2_core.data.examples import SPLITS
 from ptv2_core.data.tasks import Form
@@ -23,6 +23,7 @@ from ptv2_core.evaluation.metrics import Counts, label_counts, span_counts, tota
 from ptv2_core.evaluation.predict import TOKEN_BUDGET
 from ptv2_core.evaluation.scoring import Evaluation, evaluate_model, gold_labels
 from ptv2_core.files import replace_directory, write_json_atomic, write_text_atomic
+from ptv2_core.manifest import MANIFEST_FILE, Manifest, load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.prompted import PromptedModel
 from ptv2_core.model.prompts import PromptBank

@@ -16,8 +16,8 @@ import torch
 
 from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import TaskSettings
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import (
     backbone_for,
     load_start,

@@ -6,13 +6,13 @@ from typing import Any
 
 from pipelines import dag, registry
 from pipelines.paths import TaskPaths
+from pipelines.prepared import TASK_FILE, read_examples
 from pipelines.settings import TaskSettings, read_environment
-from pipelines.stages.prepare import TASK_FILE, read_examples
-from ptv2_core.artifact import MANIFEST_FILE, load_manifest
 from ptv2_core.config import Method
 from ptv2_core.errors import ConfigError
 from ptv2_core.evaluation.inputs import INPUT_KEYS
 from ptv2_core.files import write_json_atomic
+from ptv2_core.manifest import MANIFEST_FILE, load_manifest
 
 EXAMPLES = 3
 

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
 import ptv2_core
-from pipelines.paths import TaskPaths
+from pipelines.paths import BEST_FILE, TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
 from pipelines.stages.lanes import open_lanes
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import (
     backbone_for,
     backbone_identity,
@@ -28,7 +26,6 @@ from ptv2_core.files import replace_directory, source_digest, write_json_atomic,
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.training.start import Start, check_positions
 
-BEST_FILE = "best.json"
 NOTHING_SEARCHED = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>No search</title></head>'
     "<body><p>search.n_trials is 0: the settings of train were taken.</p></body></html>\n"
@@ -171,6 +168,9 @@ def rank_correlation(pairs: Sequence[tuple[float | None, float | None]]) -> floa
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
     if len(pairs) < 3 or len(set(ours)) == 1 or len(set(theirs)) == 1:
         return None
+    # takes most of a second to load, and a search without a screen has no use for it
+    from scipy.stats import spearmanr
+
     return float(spearmanr(ours, theirs).statistic)
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dag import git_commit
-from pipelines.paths import TaskPaths, alone
+from pipelines.paths import BEST_FILE, TaskPaths, alone
+from pipelines.prepared import Prepared, read_examples
 from pipelines.settings import TaskSettings
 from pipelines.stages import Progress, silent
-from pipelines.stages.prepare import Prepared, read_examples
-from pipelines.stages.search import BEST_FILE
 from pipelines.stages.training import (
     backbone_for,
     backbone_needs,

@@ -9,11 +9,12 @@ import torch
 
 from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import TaskSettings, read_environment
-from pipelines.stages.prepare import Prepared
-from ptv2_core.artifact import load_manifest, load_weights
+from ptv2_core.artifact import load_weights
 from ptv2_core.config import Device, HeadConfig, Method, Precision, TrainConfig
 from ptv2_core.errors import ConfigError, DataError
+from ptv2_core.manifest import load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import choose_device, choose_precision, load_backbone
 from ptv2_core.model.backbones.locating import locate

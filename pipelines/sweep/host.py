@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.schema import nested
 from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages.lanes import trial_config
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, load_start, start_training, trunk_cache
 from pipelines.sweep.job import Job, inputs_of
 from pipelines.threads import set_up_torch

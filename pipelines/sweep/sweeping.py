@@ -18,8 +18,8 @@ from pipelines.checking import Found, check_section
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.settings import Settings, TaskSettings, read_environment
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import baseline, check_space, study_name
 from pipelines.stages.training import backbone_for, backbone_identity, load_start
 from pipelines.study import reachable

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptv2_core.artifact import Manifest, load_manifest, load_weights, restore_model
+from ptv2_core.artifact import load_weights, restore_model
 from ptv2_core.config import Device, Precision
 from ptv2_core.data.batching import collate, sorted_batches
 from ptv2_core.data.tasks import TaskSpec
@@ -19,6 +19,7 @@ from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.codec import Asked, Codec
 from ptv2_core.evaluation.forms.base import Decoding
 from ptv2_core.evaluation.scoring import EVALUATION_ROWS, logits_of_batch
+from ptv2_core.manifest import Manifest, load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import load_backbone
 from ptv2_core.model.backbones.locating import locate

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptv2_core.artifact import Weights, load_manifest, load_weights
+from ptv2_core.artifact import Weights, load_weights
 from ptv2_core.errors import ArtifactError
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.files import (
@@ -19,7 +19,7 @@ from ptv2_core.files import (
 from ptv2_core.interchange import folder, heads, limits
 from ptv2_core.interchange.readme import readme
 from ptv2_core.interchange.rows import row_changes
-from ptv2_core.manifest import Manifest
+from ptv2_core.manifest import Manifest, load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.locating import locate
 from ptv2_core.model.backbones.task_models import TASK_MODELS, padding_id, pooler_of, states_width

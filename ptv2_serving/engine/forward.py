@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ptv2_core.artifact import load_manifest, load_weights, restore_model
+from ptv2_core.artifact import load_weights, restore_model
 from ptv2_core.config import Device, Precision
+from ptv2_core.manifest import load_manifest
 from ptv2_core.model.backbones.base import Backbone
 from ptv2_core.model.backbones.loading import choose_device, load_backbone, num_cards
 from ptv2_core.model.heads import LinearHead, read, reads_first_token

@@ -18,9 +18,9 @@ from pipelines.compare_stats import score
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import CompareSettings, SharedPrompt, WindowSettings
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.schema import FirstTrial, SearchSpace
 from pipelines.settings import Settings, load_settings
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import study_name
 from ptv2_core.artifact import load_manifest
 from ptv2_core.errors import ConfigError

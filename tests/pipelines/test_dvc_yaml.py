@@ -21,6 +21,7 @@ GLUE = (
     "pipelines/dag.py",
     "pipelines/errors.py",
     "pipelines/paths.py",
+    "pipelines/prepared.py",
     "pipelines/settings.py",
     "pipelines/stages/__init__.py",
     "pipelines/tables.py",

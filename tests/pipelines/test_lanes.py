@@ -14,11 +14,11 @@ import pytest
 
 from pipelines.errors import PipelineError
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared
 from pipelines.schema import SearchSettings
 from pipelines.settings import TaskSettings, load_settings
 from pipelines.stages import lanes as lanes_module
 from pipelines.stages.lanes import Stacked, Workers, open_lanes
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.search import Screen, rank_correlation
 from pipelines.stages.training import backbone_for
 from pipelines.study import Lanes, OneByOne, Outcome, Study, Trial

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipelines.number_formats import difference
-from pipelines.stages.prepare import Prepared
+from pipelines.prepared import Prepared
 from ptv2_core.evaluation.predict import Predictor
 from ptv2_core.evaluation.scoring import evaluate_model
 from ptv2_core.model.backbones.locating import locate

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.prepared import Prepared
 from pipelines.settings import load_settings
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, start_training
 from pipelines.sweep import hosts, training
 from pipelines.sweep.host import Trainer

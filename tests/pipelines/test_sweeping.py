@@ -13,9 +13,9 @@ import pytest
 
 from pipelines.errors import PipelineError
 from pipelines.extra_settings import SweepSettings
+from pipelines.prepared import Prepared
 from pipelines.settings import load_settings
 from pipelines.stages.lanes import trial_config
-from pipelines.stages.prepare import Prepared
 from pipelines.stages.training import backbone_for, start_training
 from pipelines.sweep import hosts, training
 from pipelines.sweep.host import Trainer

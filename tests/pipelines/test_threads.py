@@ -91,7 +91,7 @@ COMMANDS = {
     "search": ("pipelines.stages.search.run", ("--task", "intents")),
     "train": ("pipelines.stages.train.run", ("--task", "intents")),
     "evaluate": ("pipelines.stages.evaluate.run", ("--task", "intents")),
-    "predict": ("ptv2_core.artifact.load_manifest", ("prompt", "a text")),
+    "predict": ("ptv2_core.manifest.load_manifest", ("prompt", "a text")),
     "pull": ("ptv2_serving.store.pull", ("intents", "--to", "prompt")),
 }
 
