@@ -1,7 +1,9 @@
 # Two images from one file:
 #   docker build --target train -t ptv2-train .   runs the chain; also the MLflow and Prefect servers of compose.yaml
 #   docker build --target serve -t ptv2-serve .   answers requests for all tasks of the registry, on one backbone
-# Both install the versions locked in constraints.txt.
+# Both install the versions locked in constraints.txt. PyPI's torch brings CUDA, 4 GB of it; without a GPU, name the index of torch's CPU builds
+# (pytorch.org says which): --build-arg TORCH_INDEX_URL=INDEX.
+# Podman and Buildah need `--format docker`, or leave out the health checks.
 
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
@@ -15,8 +17,6 @@ RUN groupadd --gid 1000 ptv2 \
     && useradd --uid 1000 --gid ptv2 --create-home ptv2
 
 FROM base AS build
-# The address of a package index with the build of torch to use; empty takes the default one.
-ARG TORCH_INDEX_URL=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 WORKDIR /workspace
@@ -27,11 +27,14 @@ RUN mkdir ptv2_core pipelines ptv2_serving \
     && touch README.md LICENSE ptv2_core/__init__.py pipelines/__init__.py ptv2_serving/__init__.py
 
 FROM build AS build-train
+# The address of a package index with the build of torch to use; empty takes the default one.
+ARG TORCH_INDEX_URL=
 # Editable, so that the code that runs is that of the workspace, in the image or mounted: it is what DVC hashes.
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
     -c constraints.txt -e ".[pipelines,demo,postgres]"
 
 FROM build AS build-serve
+ARG TORCH_INDEX_URL=
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
     -c constraints.txt ".[serving,demo]"
 COPY README.md LICENSE ./

@@ -8,14 +8,14 @@ from rich.table import Table
 
 NAMES = {
     "mixed": "ours: 50 tasks mixed in each batch",
-    "mixed_int8": "ours in int8: the same requests",
-    "one_task": "ours: the same requests, all of one task",
+    "mixed_int8": "ours in int8",
+    "one_task": "ours: all requests of one task",
     "one_at_a_time": "one request at a time, our forward",
-    "one_at_a_time_by_task": "  the same, each task's waiting rows together",
-    "peft_switch": "PEFT prefix tuning, set_adapter a request",
-    "peft_switch_by_task": "  the same, each task's waiting rows together",
-    "copies": "a fine-tuned copy of the model a task",
-    "copies_by_task": "  the same, each task's waiting rows together",
+    "one_at_a_time_by_task": "  each task's waiting rows together",
+    "peft_switch": "PEFT, set_adapter for each request",
+    "peft_switch_by_task": "  each task's waiting rows together",
+    "copies": "a fine-tuned copy for each task",
+    "copies_by_task": "  each task's waiting rows together",
 }
 OURS = "mixed"
 

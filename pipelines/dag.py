@@ -5,6 +5,7 @@ of their own: that is what lets independent stages run side by side, and DVC's P
 the working folder and signal handlers of its process.
 """
 
+import getpass
 import hashlib
 import json
 import os
@@ -15,11 +16,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import guarded
 from pipelines.dvc_output import OnLine, Output, failure, follow
 from pipelines.errors import PipelineError, StageInterruptedError, TemporaryError
+from pipelines.settings import set_environment_defaults
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 SEPARATOR = "@"
 
@@ -103,12 +108,11 @@ def read_graph(root: Path) -> StageGraph:
         PipelineError: If there is no DVC repository or its files are wrong.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     if not (root / "dvc.yaml").is_file():
         raise PipelineError(f"expected a stage graph at {root / 'dvc.yaml'}, found no such file")
     try:
-        with Repo(str(root)) as repo:
+        with _opened(root) as repo:
             graph = repo.index.graph
             # Files under `dvc add` are in the graph too, without a command.
             stages = {stage: str(stage.name) for stage in repo.index.stages if stage.cmd}
@@ -183,10 +187,9 @@ def source_digests(root: Path, addresses: Collection[str]) -> dict[str, str]:
         PipelineError: DVC cannot read the workspace.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     try:
-        with Repo(str(root)) as repo:
+        with _opened(root) as repo:
             return {
                 str(stage.name): _digest(stage.deps)
                 for stage in repo.index.stages
@@ -194,6 +197,17 @@ def source_digests(root: Path, addresses: Collection[str]) -> dict[str, str]:
             }
     except DvcException as error:
         raise PipelineError(f"DVC cannot read the stages of {root}: {_reason(error)}") from error
+
+
+def _opened(root: Path) -> "Repo":
+    """Open a workspace. DVC asks who runs it, and a container's user may have no name."""
+    from dvc.repo import Repo
+
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # as Python says it before and since 3.13
+        set_environment_defaults({"USER": f"uid-{os.getuid()}"})
+    return Repo(str(root))
 
 
 def _digest(deps: Iterable[Any]) -> str:

@@ -18,9 +18,22 @@ def registry(workspace: Path, tracking_uri: str | None) -> Registry:
 
 
 def registry_uri(workspace: Path, tracking_uri: str | None) -> str:
-    """Return where the registry is."""
+    """Return where the registry is.
+
+    Raises:
+        ConfigError: Nothing says where, or the workspace's settings are wrong.
+    """
     known = tracking_uri or read_environment().mlflow_tracking_uri
-    return known or load_settings(workspace / "params.yaml").register.tracking_uri
+    if known:
+        return known
+    file = workspace / "params.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"expected to be told where the registry is, by --tracking-uri, MLFLOW_TRACKING_URI or "
+            f"{file}, found none of them; run in the folder of params.yaml, or name that folder "
+            "with --workspace"
+        )
+    return load_settings(file).register.tracking_uri
 
 
 def promote(

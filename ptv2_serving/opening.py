@@ -168,9 +168,10 @@ def _wished(
     missing = [task for task in config.tasks if task not in routings]
     if missing or not routings:
         what = f"the tasks {', '.join(missing)}" if missing else "any task"
+        said = "; ".join([f"the registry has no champion for {what}", *notes]).rstrip(".")
         raise ServingError(
-            f"the registry has no champion for {what}. {'; '.join(notes)}. Register a prompt "
-            "(`ptv2 run`), or set the alias (`ptv2 promote TASK:VERSION`)."
+            f"{said}. Register a prompt (`ptv2 run`), or set the alias "
+            "(`ptv2 promote TASK:VERSION`)."
         )
     return routings, notes
 

@@ -196,15 +196,24 @@ def test_serving_refuses_pickle_and_the_network() -> None:
 def test_dependencies_are_installed_before_the_source_is_copied() -> None:
     stages = dockerfile()[1]
     for name in ("build-train", "build-serve"):
-        step, text = stages[name].steps[0]
+        step, text = next(step for step in stages[name].steps if step[0] != "ARG")
         assert (step, "-c constraints.txt" in text) == ("RUN", True)
         before = [text for stage in lineage(stages, name)[:-1] for text in stage.arguments("COPY")]
         assert before == ["pyproject.toml constraints.txt ./"]
 
 
+def test_stages_declare_the_build_arguments_they_use() -> None:
+    """Docker hands them down from the stage before, Buildah and Podman before 2025 do not."""
+    arguments = {"TORCH_INDEX_URL"}
+    for stage in dockerfile()[1].values():
+        declared = {text.partition("=")[0] for text in stage.arguments("ARG")}
+        used = {name for text in stage.arguments("RUN") for name in re.findall(r"\$\{?(\w+)", text)}
+        assert used & arguments <= declared, stage.name
+
+
 def test_training_runs_the_code_of_the_workspace() -> None:
     stages = dockerfile()[1]
-    assert " -e " in stages["build-train"].steps[0][1]
+    assert " -e " in stages["build-train"].arguments("RUN")[0]
     assert stages["train"].arguments("WORKDIR") == stages["build"].arguments("WORKDIR")
     workspace = stages["train"].arguments("WORKDIR")[0]
     assert f".:{workspace}" in compose()["services"]["worker"]["volumes"]
@@ -314,6 +323,14 @@ def test_server_of_prompts_lets_in_only_who_has_a_token() -> None:
     assert not in_build_context(".tokens")
 
 
+def test_server_of_prompts_can_write_its_store_and_nothing_that_stays() -> None:
+    service = compose()["services"]["serve"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    # torch ends without a folder for temporary files
+    assert service["tmpfs"] == ["/tmp"]
+    assert len(service["volumes"]) == 1
+
+
 def test_no_secret_stands_in_clear() -> None:
     secrets = re.findall(r"(?:PASSWORD: |ptv2:)(\S+)", read("compose.yaml"))
     assert len(secrets) >= 3
@@ -383,6 +400,7 @@ def test_environment_variables_are_read_by_somebody() -> None:
         "PYTHON": lambda name: name in {"PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"},
         "POSTGRES_": lambda name: name in {"POSTGRES_USER", "POSTGRES_PASSWORD"},
         "HOME": lambda name: name == "HOME",
+        "USER": lambda name: name == "USER",
         "PATH": lambda name: name == "PATH",
     }
     for name in sorted(names):

@@ -1,5 +1,6 @@
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -50,6 +51,21 @@ def test_graph_does_not_depend_on_the_working_folder(
     inside = dag.read_graph(Path())
     monkeypatch.chdir("/")
     assert dag.read_graph(fresh.root) == inside
+
+
+def test_graph_is_read_for_a_user_without_a_name(
+    fresh: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")  # given back at the end, whatever is set meanwhile
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert len(dag.read_graph(fresh.root).nodes) == 4
+    # what is started from here asks as well
+    assert child_environment()["USER"] == f"uid-{os.getuid()}"
 
 
 def test_unknown_task_is_refused_with_the_known_ones(fresh: Workspace) -> None:

@@ -29,6 +29,17 @@ def test_serve_names_a_token_file_that_is_none(tmp_path: Path) -> None:
     assert "expected a file of tokens" in str(refusal("--token-file", str(tmp_path / "none")))
 
 
+def test_serve_says_what_would_name_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = CliRunner().invoke(app, ["serve", "--workspace", str(tmp_path)])
+    assert isinstance(found.exception, ConfigError)
+    said = str(found.exception)
+    assert "by --tracking-uri, MLFLOW_TRACKING_URI or" in said
+    assert str(tmp_path / "params.yaml") in said
+
+
 @pytest.mark.parametrize(
     ("option", "value", "name"),
     [

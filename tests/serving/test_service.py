@@ -526,7 +526,7 @@ def test_service_drains_what_it_took_and_takes_no_more(tmp_path: Path) -> None:
 
 def test_service_refuses_to_start_without_anything_to_serve(tmp_path: Path) -> None:
     made = Serving(tmp_path)
-    with pytest.raises(ServingError, match="no champion for the tasks weather"):
+    with pytest.raises(ServingError, match="no champion for the tasks weather; .*slots. Register"):
         made.open(tasks=("weather",))
     made.runner.close()
 
