@@ -6,8 +6,8 @@ is slow to load, and the flow itself holds nothing that cannot be pickled.
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
@@ -114,7 +114,7 @@ def submitting(
     held: set[PrefectFuture[Any]] = set()
     card = _Card()
     of_flow = TagsContext.get().current_tags
-    limited = {tag for tag in sorted({TRIAL_TAG, *of_flow}) if _is_limited(tag)}
+    limited = _limited({TRIAL_TAG, *of_flow})
 
     def ended(future: PrefectFuture[Any], done: Callable[[], None]) -> None:
         held.discard(future)
@@ -138,18 +138,19 @@ def submitting(
         card.over.set()
 
 
-def _is_limited(tag: str) -> bool:
-    """Tell whether Prefect limits the runs with a tag.
+def _limited(tags: Collection[str]) -> set[str]:
+    """Return the tags whose runs Prefect limits.
 
     A task run with tags asks the server for slots before it begins, and where the server's SQLite
     is busy, again after two seconds: tags that nobody limits would cost that for nothing.
     """
+    found = set()
     with get_client(sync_client=True) as client:
-        try:
-            client.read_concurrency_limit_by_tag(tag)
-        except ObjectNotFound:
-            return False
-    return True
+        for tag in sorted(tags):
+            with suppress(ObjectNotFound):
+                client.read_concurrency_limit_by_tag(tag)
+                found.add(tag)
+    return found
 
 
 class _Card:

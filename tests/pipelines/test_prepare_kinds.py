@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipelines.paths import TaskPaths
+from pipelines.prepared import Prepared, read_examples
 from pipelines.settings import load_settings
 from pipelines.stages import fetch, prepare
 from ptv2_core.data.examples import SPLITS
@@ -82,9 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    root: Path, kind: TaskKind, **changes: Any
-) -> tuple[prepare.PrepareReport, prepare.Prepared]:
+def run(root: Path, kind: TaskKind, **changes: Any) -> tuple[prepare.PrepareReport, Prepared]:
     """Fetch and prepare one task."""
     own = {"kind": kind, **GIVEN.get(kind, {}), **changes}
     source = {"source": "local", "path": f"{kind}.jsonl"}
@@ -98,7 +97,7 @@ def run(
     paths = TaskPaths(root=root, task=kind)
     fetch.run(settings, paths)
     report = prepare.run(settings, paths)
-    return report, prepare.Prepared.load(paths.prepared)
+    return report, Prepared.load(paths.prepared)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +114,7 @@ def test_every_kind_is_prepared(kind: TaskKind, root: Path) -> None:
     assert (prepared.max_length, prepared.stride) == (24, 8)
     assert set(task.fields) >= set(GIVEN.get(kind, {}))
     for split in SPLITS:
-        examples = prepare.read_examples(root / "data" / "prepared" / kind, split)
+        examples = read_examples(root / "data" / "prepared" / kind, split)
         encoded = prepared.splits[split]
         assert len(encoded) == report.splits[split].rows
         assert len(encoded.labels) > 0
@@ -138,7 +137,7 @@ def test_no_passage_is_in_two_splits(root: Path) -> None:
     for kind, key in (("multirc", "text"), ("record", "text")):
         run(root, kind)  # type: ignore[arg-type]
         folder = root / "data" / "prepared" / kind
-        texts = [{row[key] for row in prepare.read_examples(folder, split)} for split in SPLITS]
+        texts = [{row[key] for row in read_examples(folder, split)} for split in SPLITS]
         assert sum(map(len, texts)) == ROWS == len(set.union(*texts))
 
 
