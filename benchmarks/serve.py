@@ -18,6 +18,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,11 @@ def throughput(
         for place, name in enumerate(names(TASKS))
     ]
     choice = prompts.choice()
-    served = Served(choice, EngineConfig(threads=threads))
-    rounded = Served(replace(choice, precision=INT8), EngineConfig(threads=threads))
-    try:
+    config = EngineConfig(threads=threads)
+    with (
+        closing(Served(choice, config)) as served,
+        closing(Served(replace(choice, precision=INT8), config)) as rounded,
+    ):
         with budget.part(f"P = {length}"):
             served.put(folders)
             rounded.put(folders)
@@ -234,9 +237,6 @@ def throughput(
             copies_bytes=copies.num_bytes,
             measured=measured,
         )
-    finally:
-        served.close()
-        rounded.close()
 
 
 def _compared(

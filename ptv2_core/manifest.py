@@ -1,6 +1,7 @@
 """`prompt.json`: what a prompt says about itself, checked before anything is made of it.
 
-Loads no torch.
+And its file of weights, as far as that can be checked unloaded: size, shapes, sha256. Loads no
+torch.
 """
 
 import math

@@ -259,6 +259,16 @@ def test_tasks_and_examples_load_no_torch() -> None:
     assert not loaded & {"torch", "transformers", "numpy"}
 
 
+@pytest.mark.slow
+def test_stages_load_no_library_that_they_do_not_use() -> None:
+    loaded = loaded_by("import pipelines.stages.register, pipelines.registry")
+    assert "ptv2_core" in loaded
+    assert not loaded & {"torch", "transformers", "optuna", "scipy"}
+    loaded = loaded_by("import pipelines.stages.train")
+    assert "torch" in loaded
+    assert "optuna" not in loaded
+
+
 def test_core_imports_without_the_orchestration() -> None:
     blocked = ("mlflow", "prefect", "dvc", "optuna", "datasets", "pydantic", "typer", "rich")
     names = [name for name in modules("ptv2_core") if name]

@@ -28,9 +28,7 @@ def pull(
     backbone: Annotated[
         str | None, typer.Option(help="Where the backbone is, if not where it was in training.")
     ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="The registry; default: that of params.yaml.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     verify_key: Annotated[
         Path | None, typer.Option(help="A public key; a prompt that is not signed is refused.")
     ] = None,

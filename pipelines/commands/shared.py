@@ -28,7 +28,8 @@ Challenger = Annotated[
     str, typer.Argument(help="TASK:VERSION or TASK@ALIAS; a bare TASK means its challenger.")
 ]
 TrackingUri = Annotated[
-    str | None, typer.Option(help="The registry; default: that of params.yaml.")
+    str | None,
+    typer.Option(help="The registry; default: MLFLOW_TRACKING_URI, or that of params.yaml."),
 ]
 Expect = Annotated[
     int | None, typer.Option(min=1, help="Only if this version is the champion now.")

@@ -211,8 +211,8 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) ->
     if mask is not None:
         scores.add_(mask)
     width = scores.shape[-1]
-    is_ragged = width < RAGGED_KEYS and width % BF16_BLOCK != 0
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if is_ragged else None)
+    is_slow = scores.dtype == torch.bfloat16 and width < RAGGED_KEYS and width % BF16_BLOCK != 0
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if is_slow else None)
     return weights.to(query.dtype)  # autocast leaves them in fp32
 
 
